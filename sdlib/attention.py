@@ -100,6 +100,10 @@ def merge_heads(x: Tensor) -> Tensor:
 # %% ../chapters/06_attention.ipynb #layer-helpers
 def _fused_attention(q, k, v, mask, causal) -> Tensor:
     """`attention` by torch's fused kernel, which never stores the weights."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # On a CPU the kernel is 2 to 5 times faster in float32 than in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            return _fused_attention(q.float(), k.float(), v.float(), mask, causal)
     shape = (*q.shape[:3], k.shape[2])
     if mask is not None:  # the kernel takes a mask or a causal flag, not both
         mask, causal = combine_masks(mask, causal, shape), False

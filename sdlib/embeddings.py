@@ -16,7 +16,7 @@ from torch import nn
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0,
                        flip_sin_to_cos: bool = True, freq_shift: float = 0.0
                        ) -> torch.Tensor:
-    """Sinusoidal embedding of times: (B,) -> (B, dim) float32, cosines first, then sines.
+    """Sinusoidal embedding of times: (B,) -> (B, dim) float32, cosines, then sines.
 
     Half of `dim` frequencies run geometrically from 1 down to almost 1 / `max_period`
     radians per step. `dim` must be even (ValueError). Ho et al. (2020), after Vaswani
@@ -28,8 +28,8 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
     index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-math.log(max_period) * index / (half - freq_shift))
     angles = timesteps.float()[:, None] * frequencies  # (B,) -> (B, dim / 2)
-    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    return torch.cat(waves, dim=-1)  # (B, dim)
+    waves = [angles.sin(), angles.cos()]
+    return torch.cat(waves[::-1] if flip_sin_to_cos else waves, dim=-1)  # (B, dim)
 
 # %% ../chapters/10_unet.ipynb #time-mlp-code
 class TimestepEmbedding(nn.Module):

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 
 # %% ../chapters/01_data.ipynb #images-to-tensor
-def to_tensor(images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
+def to_tensor(images: Image.Image | Sequence[Image.Image] | torch.Tensor,
+              ) -> torch.Tensor:
     """One or more RGB pictures of one size -> float32 (B, 3, H, W) in [-1, 1].
 
     Also takes a uint8 tensor (B, 3, H, W), such as `scenes.batch` gives.
@@ -31,13 +32,14 @@ def to_tensor(images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> tor
         raise ValueError("there are no pictures in the list")
     for image in images:
         if image.mode != "RGB":
-            raise ValueError(f"a picture has mode {image.mode!r}, not 'RGB': convert it, "
-                             "or use prepare(image, size), which also handles transparency")
+            raise ValueError(f"a picture has mode {image.mode!r}, not 'RGB': use "
+                             "prepare(image, size), which also handles transparency")
         if image.size != images[0].size:
             raise ValueError(f"pictures of different sizes, {images[0].size} and "
                              f"{image.size}: make them equal with prepare(image, size)")
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
+    # (B, H, W, 3) -> (B, 3, H, W)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # %% ../chapters/01_data.ipynb #images-to-pil
 def to_pil(tensor: torch.Tensor) -> list[Image.Image]:
@@ -78,10 +80,11 @@ def prepare(image: Image.Image | str | Path, size: int) -> Image.Image:
     if not isinstance(image, Image.Image):
         image = Image.open(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: 65535 is white
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more
         gray = np.asarray(image, dtype=np.float32)
-        white = 65535 if gray.max(initial=0) > 255 else 255
-        image = Image.fromarray((gray * (255 / white)).clip(0, 255).astype(np.uint8))
+        brightest = 255 if image.mode in "IF" and gray.max(initial=0) <= 255 else 65535
+        gray = (gray * (255 / brightest)).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(gray)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -91,7 +94,7 @@ def prepare(image: Image.Image | str | Path, size: int) -> Image.Image:
 
 # %% ../chapters/01_data.ipynb #images-grid
 def grid(images: Sequence[Image.Image], ncols: int = 8, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows of `ncols`, `gap` white pixels apart, as one picture."""
+    """Pictures of one size in rows of `ncols`, `gap` white pixels apart, as one."""
     images = list(images)
     if not images or ncols < 1:
         raise ValueError("a grid needs at least one picture and one column")

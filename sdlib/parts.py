@@ -21,14 +21,15 @@ from .vae import AutoencoderKL
 
 # %% ../chapters/13_pipeline.ipynb #read-scheduler-code
 def read_scheduler(folder: Path) -> Scheduler:
-    """The folder's scheduler, or DDIM with the same noise, and a warning that says so."""
+    """The folder's scheduler; if sdlib lacks it, DDIM with its noise, and a warning."""
     values = read_json(folder / "scheduler" / "scheduler_config.json")
     name = values.get("_class_name", "DDIMScheduler")
     if name in SchedulerFiles.classes:
         return load_scheduler(folder, "scheduler")
-    warnings.warn(f"{folder} asks for {name}, which sdlib does not have yet: DDIM with the "
-                  "same noise schedule takes its place", stacklevel=3)
-    return DDIMScheduler.from_config(values, clip_sample=values.get("clip_sample", False))
+    warnings.warn(f"{folder} asks for {name}, which sdlib does not have yet: DDIM with "
+                  "the same noise schedule takes its place", stacklevel=3)
+    clip = values.get("clip_sample", False)
+    return DDIMScheduler.from_config(values, clip_sample=clip)
 
 
 def default_device() -> torch.device:
@@ -42,12 +43,13 @@ class Parts:
     ValueError if parts do not fit together.
     """
 
-    modules: ClassVar[dict[str, type]] = {"unet": UNet2DConditionModel,
-                                          "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    modules: ClassVar[dict[str, type]] = {
+        "unet": UNet2DConditionModel, "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel}
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL,
-                 text_encoder: CLIPTextModel, tokenizer: Tokenizer, scheduler: Scheduler,
-                 name: str = ""):
+                 text_encoder: CLIPTextModel, tokenizer: Tokenizer,
+                 scheduler: Scheduler, name: str = ""):
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler, self.name = tokenizer, scheduler, name
         check_parts(self)
@@ -67,8 +69,9 @@ class Parts:
         return cls(**parts, tokenizer=tokenizer, scheduler=read_scheduler(folder),
                    name=folder.resolve().name)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder, which diffusers reads too; each part whole, the index last."""
+    def save_pretrained(self, folder: str | Path,
+                        dtype: torch.dtype | None = None) -> None:
+        """Write the folder, for diffusers too; each part whole, the index last."""
         for name in self.modules:
             getattr(self, name).save_pretrained(Path(folder) / name, dtype)
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
@@ -86,7 +89,7 @@ def check_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {str(folder)!r} (looked in "
-                                f"{Path.cwd()}); sdlib loads folders and downloads nothing")
+                                f"{Path.cwd()}); sdlib downloads nothing")
     missing = [name for name in _PARTS if not (folder / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{folder} is no Stable Diffusion folder: it lacks "
@@ -94,10 +97,10 @@ def check_folder(folder: str | Path) -> Path:
     if (folder / "model_index.json").exists():  # parts without an index are welcome too
         kind = read_json(folder / "model_index.json").get("_class_name")
         if kind not in _PIPELINES:
-            raise ValueError(f"{folder} is for {kind}; this pipeline is Stable Diffusion 1.x")
+            raise ValueError(f"{folder} is for {kind}; this is Stable Diffusion 1.x")
     return folder
 
-
+# %% ../chapters/13_pipeline.ipynb #check-parts-code
 def check_parts(parts: "Parts") -> None:
     """ValueError if the widths that meet differ."""
     unet, vae, text = parts.unet.config, parts.vae.config, parts.text_encoder.config
@@ -109,7 +112,8 @@ def check_parts(parts: "Parts") -> None:
             (parts.tokenizer.model_max_length, text.max_position_embeddings,
              "model_max_length of the tokenizer and positions of the text encoder")):
         if ours != theirs:
-            raise ValueError(f"these parts do not fit together: {what} are {ours} and {theirs}")
+            raise ValueError(f"these parts do not fit together: {what} are {ours} and "
+                             f"{theirs}")
 
 
 def model_index(scheduler: Scheduler) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     else:
         seeds = [int(s) for s in seed]
     if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} pictures: give one number, or one "
-                         "per picture")
+        raise ValueError(f"{len(seeds)} seeds for {count} pictures: give one number, "
+                         "or one per picture")
     if not all(0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seeds are whole numbers from 0 to 2**63 - 1, not {seeds}")
     return seeds
@@ -44,8 +44,8 @@ def initial_noise(generators: Sequence[torch.Generator],
                   shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise (B, *shape), each picture's from its own CPU generator.
 
-    So a picture depends on its seed alone, not on its batch nor on the device; diffusers
-    draws the same from a list of such generators.
+    So a picture depends on its seed alone, not on its batch nor on the device;
+    diffusers draws the same from a list of such generators.
     """
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
@@ -79,19 +79,26 @@ class Plan:
 # %% ../chapters/13_pipeline.ipynb #make-plan-code
 def _check_size(name: str, value: int, multiple: int) -> int:
     """`value` pixels, if it is a positive multiple of the autoencoder's factor."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % multiple:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 1 or value % multiple:
         near = max(multiple, round(value / multiple) * multiple)
-        raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, not "
-                         f"{value!r}; the nearest is {near}")
+        raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, "
+                         f"not {value!r}; the nearest is {near}")
     return value
 
 
-def make_plan(prompt, negative_prompt, num_images_per_prompt, seed, height: int, width: int,
-              multiple: int, steps: int, guidance_scale: float, eta: float) -> Plan:
-    """Check a request and spell it out per picture; ValueError says what is wrong."""
+def make_plan(prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None,
+              num_images_per_prompt: int, seed: int | Sequence[int] | None, height: int,
+              width: int, multiple: int, steps: int, guidance_scale: float,
+              eta: float) -> Plan:
+    """Check a request and spell it out per picture; ValueError says what is wrong.
+
+    `multiple`: how many pixels one latent stands for along each side.
+    """
     prompts, negatives = expand_prompts(prompt, negative_prompt, num_images_per_prompt)
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ValueError(f"guidance_scale must be a number from 0 up, not {guidance_scale}")
+        raise ValueError("guidance_scale must be a number from 0 up, not "
+                         f"{guidance_scale}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     return Plan(prompts, negatives, image_seeds(seed, len(prompts)),
@@ -101,7 +108,7 @@ def make_plan(prompt, negative_prompt, num_images_per_prompt, seed, height: int,
 
 # %% ../chapters/13_pipeline.ipynb #metadata-code
 def remember(image: Image.Image, parameters: dict[str, Any]) -> Image.Image:
-    """Attach the parameters to the picture, for `save_png` (and newer Pillows' save)."""
+    """Attach the parameters, for `save_png` (and the `save` of newer Pillows)."""
     image.info["parameters"] = json.dumps(parameters, ensure_ascii=False)
     image.encoderinfo = {"pnginfo": _chunks(image)}
     return image
@@ -126,6 +133,6 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     with Image.open(path) as image:
         text = image.info.get("parameters")
     if text is None:
-        raise ValueError(f"{path} holds no parameters: was it painted by sdlib, and saved "
-                         "by save_png?")
+        raise ValueError(f"{path} holds no parameters: was it painted by sdlib, and "
+                         "saved by save_png?")
     return json.loads(text)

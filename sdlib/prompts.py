@@ -17,23 +17,25 @@ from .tokenizer import Tokenizer
 def expand_prompts(prompt: str | Sequence[str],
                    negative_prompt: str | Sequence[str] | None = None,
                    num_images_per_prompt: int = 1) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt per picture; pictures of a prompt are neighbors.
+    """One prompt and one negative prompt per picture, those of one prompt together.
 
     A single negative prompt serves all prompts, None is "". An empty prompt is allowed:
     the picture is then what the model paints of its own accord. ValueError for lists of
     different lengths, no prompt, or fewer than one picture; TypeError for non-strings.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = "" if negative_prompt is None else negative_prompt
-    negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
+    negatives = negative_prompt or ""
+    negatives = ([negatives] * len(prompts) if isinstance(negatives, str)
+                 else list(negatives))
     for text in prompts + negatives:
         if not isinstance(text, str):
-            raise TypeError(f"a prompt is a string, not {type(text).__name__}: {text!r}")
+            raise TypeError("a prompt is a string, not "
+                            f"{type(text).__name__}: {text!r}")
     if not prompts:
         raise ValueError("there is no prompt in the list; for no wish at all give \"\"")
     if len(negatives) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(negatives)} negative prompts: "
-                         "give one for all, or one for each")
+        raise ValueError(f"{len(prompts)} prompts but {len(negatives)} negative "
+                         "prompts: give one for all, or one for each")
     count = num_images_per_prompt
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_images_per_prompt must be 1 or more, not {count!r}")
@@ -44,7 +46,7 @@ def expand_prompts(prompt: str | Sequence[str],
 @torch.no_grad()
 def encode_prompts(tokenizer: Tokenizer, text_encoder: CLIPTextModel,
                    prompts: Sequence[str], clip_skip: int = 0) -> torch.Tensor:
-    """The context that the U-Net reads: B strings -> (B, L, D), on the encoder's device.
+    """What the U-Net reads: B strings -> (B, L, D), on the encoder's device.
 
     L is the tokenizer's `model_max_length`, padding included, which the U-Net was
     trained to see. Equal strings are encoded once. A prompt that is too long is cut,

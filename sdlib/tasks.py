@@ -241,7 +241,8 @@ class DiffusionTask(Task):
 
     def export(self):
         self.module.save_pretrained(self.output / "unet", torch.float16)
-        DDIMScheduler(DDIMConfig.emoji()).save_pretrained(self.output / "scheduler")
+        DDIMScheduler.from_config(DDIMConfig.emoji()).save_pretrained(
+            self.output / "scheduler")
 
 
 TASKS: dict[str, type[Task]] = {"vae": VAETask, "clip": CLIPTask,

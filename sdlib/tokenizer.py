@@ -16,7 +16,7 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def merge_pair(symbols: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]
     return tuple(merged)
 
 # %% ../chapters/08_tokenizer.ipynb #bytes-to-unicode
-@lru_cache(maxsize=None)
+@cache
 def bytes_to_unicode() -> dict[int, str]:
     """One visible character for each of the 256 bytes, as in GPT-2 and CLIP.
 
@@ -193,7 +193,7 @@ def decode_ids(ids: Iterable[int], tokens: dict[int, str],
 
 # %% ../chapters/08_tokenizer.ipynb #coder-class
 class BytePairCoder:
-    """Text to ids and back, by a vocabulary with the special tokens and ordered merges."""
+    """Text to ids and back, by a vocabulary (specials included) and ordered merges."""
 
     def __init__(self, vocab: dict[str, int], merges: Iterable, pad_token: str = EOS):
         if missing := [token for token in (BOS, EOS, pad_token) if token not in vocab]:

@@ -16,7 +16,7 @@ BY_HAND = {"__init__.py", "__main__.py"}
 @pytest.fixture
 def clone(tmp_path):
     """A copy of the repository to change, its sdlib as exported."""
-    folder = copy_tree(tmp_path / "clone")
+    folder = copy_tree(tmp_path / "clone", only=("pyproject.toml", "chapters", "sdlib"))
     export.export(folder)
     return folder
 
@@ -61,7 +61,7 @@ def test_broken_chapter_is_named_and_spares_the_others(clone):
     before = (clone / "sdlib" / "attention.py").read_text()
     add_cell(clone / "chapters" / "06_attention.ipynb", "#| export\ndef broken(:\n    pass")
     add_cell(clone / "chapters" / "02_forward_process.ipynb", "#| export\nEXTRA = 1")
-    with pytest.raises(SystemExit, match="06_attention.ipynb.*def broken"):
+    with pytest.raises(SystemExit, match="06_attention.ipynb #added: invalid syntax: def broken"):
         export.export(clone)
     assert (clone / "sdlib" / "attention.py").read_text() == before
     assert "EXTRA = 1" in (clone / "sdlib" / "noise.py").read_text()

@@ -71,7 +71,8 @@ def test_readers_attention_paints_and_ours_comes_back(tmp_path):
 
 
 def test_a_mistake_in_an_exported_cell_is_named(tmp_path):
-    folder = copy_tree(tmp_path / "course")
+    folder = copy_tree(tmp_path / "course",
+                       only=("Makefile", "pyproject.toml", "chapters", "sdlib", "tools"))
     chapter = folder / "chapters" / "06_attention.ipynb"
     source = chapter.read_text(encoding="utf-8")
     assert "class Attention(" in source

@@ -155,11 +155,10 @@ def test_add_noise_and_velocity(name, schedule, dtype):
         ours.set_timesteps(n)
         middle = ours.timesteps[n // 2]
         for t in (torch.tensor([0, 1, 500, 999]), middle.expand(4), middle[None]):
+            assert relative_error(ours.add_noise(x, noise, t),
+                                  theirs.add_noise(x, noise, t)) <= TOL
             if len(t) == 1:
-                assert relative_error(ours.add_noise(x, noise, t.expand(4)),
-                                      theirs.add_noise(x, noise, t)) <= TOL
                 continue
-            assert relative_error(ours.add_noise(x, noise, t), theirs.add_noise(x, noise, t)) <= TOL
             assert relative_error(ours.get_velocity(x, noise, t),
                                   theirs.get_velocity(x, noise, t)) <= TOL
 
@@ -220,7 +219,7 @@ TRAPS = [
     ("ddim_step", "then.a * estimate.x0", "now.a * estimate.x0"),
     ("ddim_step", "then.s2 - std**2", "then.s2"),
     ("ddim_step", "std * noise", "std**2 * noise"),
-    ("ddim_step", "eta * posterior_variance(now, then) ** 0.5", "eta * posterior_variance(now, then)"),
+    ("ddim_step", "posterior_variance(now, then) ** 0.5", "posterior_variance(now, then)"),
     ("make_estimate", "a * x - s * prediction, a * prediction + s * x",
      "a * x + s * prediction, a * prediction + s * x"),
     ("make_estimate", "(x - s * prediction) / a", "(x - s * prediction)"),
@@ -246,7 +245,7 @@ def test_ddim_notices(monkeypatch, name, old, new):
 
 
 DDPM_TRAPS = [
-    ("ddpm_step", "then.a * fresh_variance(now, then) / now.s2", "now.a * fresh_variance(now, then) / now.s2"),
+    ("ddpm_step", "then.a * fresh_variance", "now.a * fresh_variance"),
     ("ddpm_step", "(now.a2 / then.a2) ** 0.5", "now.a2 / then.a2"),
     ("posterior_variance", "then.s2 / now.s2", "1"),
 ]
@@ -342,7 +341,7 @@ def test_from_config_of_another_class_and_with_changes():
 
 def test_wrong_class_in_folder(tmp_path):
     DDPMScheduler().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="load it with DDPMScheduler.from_pretrained"):
+    with pytest.raises(ValueError, match="use DDPMScheduler.from_pretrained"):
         DDIMScheduler.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
         DDIMScheduler.from_pretrained(tmp_path / "nothing")

@@ -12,8 +12,12 @@ from helpers import load_into, randomize, relative_error, shapes
 from sdlib import unet as unet_module
 from sdlib.attention import Attention
 from sdlib.embeddings import timestep_embedding
-from sdlib.transformer2d import (GEGLU, BasicTransformerBlock, FeedForward,
-                                 Transformer2DModel)
+from sdlib.transformer2d import (
+    GEGLU,
+    BasicTransformerBlock,
+    FeedForward,
+    Transformer2DModel,
+)
 from sdlib.unet import UNet2DConditionModel, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -53,7 +57,7 @@ def inputs(config, size=(16, 16), length=77, batch=3, seed=1):
     return sample, torch.tensor([0, 421, 999])[:batch], context
 
 
-# Parity ---------------------------------------------------------------------------------
+# Parity -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
 @pytest.mark.parametrize("size, length", [((16, 16), 77), ((8, 24), 5), ((13, 18), 32),
@@ -77,8 +81,8 @@ def test_parity(levels, size, length):
     small(3, up_block_types=("CrossAttnUpBlock2D",) * 3),
     small(2, block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",),
           up_block_types=("CrossAttnUpBlock2D",)),
-], ids=["inpainting", "wide-output", "three-layers", "one-head", "upside-down", "attentive-up",
-        "one-level"])
+], ids=["inpainting", "wide-output", "three-layers", "one-head", "upside-down",
+        "attentive-up", "one-level"])
 def test_parity_of_other_configs(config):
     reference, ours = pair(config)
     arguments = inputs(config, length=7)
@@ -107,7 +111,8 @@ def test_parity_with_the_residuals_of_a_controlnet(size):
     image = torch.randn(3, 3, 8 * size[0], 8 * size[1])
     with torch.no_grad():
         down, mid = control(*arguments, controlnet_cond=image, return_dict=False)
-        extra = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        extra = dict(down_block_additional_residuals=down,
+                     mid_block_additional_residual=mid)
         expected = reference(*arguments, **extra).sample
         without = reference(*arguments).sample
         assert relative_error(ours(*arguments, **extra), expected) <= TOLERANCE
@@ -139,7 +144,7 @@ def test_timestep_embedding_is_diffusers():
         timestep_embedding(t, 7)
 
 
-# Full size ------------------------------------------------------------------------------
+# Full size ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config, total", [(UNetConfig.sd15(), 859_520_964),
                                            (UNetConfig.sd15_inpainting(), 859_535_364)])
@@ -166,7 +171,7 @@ def test_emoji_preset_is_diffusers_too():
                 == shapes(Reference.from_config(config.to_dict())))
 
 
-# Folders --------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------
 
 def test_folder_of_diffusers_loads_here(tmp_path):
     reference, _ = pair(small(3))
@@ -181,8 +186,8 @@ def test_folder_of_diffusers_loads_here(tmp_path):
 def test_our_folder_loads_in_diffusers(tmp_path):
     ours = randomize(UNet2DConditionModel(small(3)), 3)
     ours.save_pretrained(tmp_path / "unet")
-    reference, report = Reference.from_pretrained(tmp_path / "unet", output_loading_info=True,
-                                                  low_cpu_mem_usage=False)
+    reference, report = Reference.from_pretrained(
+        tmp_path / "unet", output_loading_info=True, low_cpu_mem_usage=False)
     assert not any(report.values()), report
     arguments = inputs(small(3), length=7)
     with torch.no_grad():
@@ -231,10 +236,10 @@ def test_config_explains_what_does_not_fit(changes, message):
         small(3, **changes)
 
 
-# Bad input ------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(sample=torch.zeros(2, 3, 8, 8)), r"sample must be \(B, 4, H, W\).*\(2, 3, 8, 8\)"),
+    (dict(sample=torch.zeros(2, 3, 8, 8)), r"sample must be \(B, 4, H, W\).*\(2, 3, 8"),
     (dict(sample=torch.zeros(4, 8, 8)), r"sample must be \(B, 4, H, W\)"),
     (dict(encoder_hidden_states=torch.zeros(2, 5, CROSS + 1)),
      rf"must be \(2, L, {CROSS}\).*not \(2, 5, {CROSS + 1}\)"),
@@ -259,7 +264,7 @@ def test_heads_must_divide_the_channels():
         Transformer2DModel(16, 5, 8, 8)
 
 
-# Behavior -------------------------------------------------------------------------------
+# Behavior -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_recorder_sees_every_attention_layer_and_changes_nothing(levels):
@@ -310,7 +315,7 @@ def test_half_precision_and_channels_last(convert):
     assert relative_error(got, expected) <= (1e-5 if dtype == torch.float32 else 0.1)
 
 
-# Planted traps --------------------------------------------------------------------------
+# Planted traps ------------------------------------------------------------------------
 
 def quiet(model):
     """Shrink what flows along the residual path, so that the eps of the norms matter."""

@@ -65,9 +65,14 @@ def files() -> list[Path]:
     return sorted(path for path in paths if path.is_file())
 
 
-def copy_tree(target: Path) -> Path:
-    """A copy of the working tree, as a fresh clone would have it, in its own git."""
+def copy_tree(target: Path, only: tuple[str, ...] = ()) -> Path:
+    """A copy of the working tree, as a fresh clone would have it, in its own git.
+
+    `only` names the top folders and files that are needed; the default is all.
+    """
     for path in files():
+        if only and path.relative_to(ROOT).parts[0] not in only:
+            continue
         copy = target / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)

@@ -40,14 +40,21 @@ def run_nbdev(chapters: list[Path]) -> None:
     for chapter in chapters:
         try:
             nb_export(chapter, lib_path="sdlib", mod_maker=maker)
-        except SyntaxError as error:
-            line = (error.text or "").strip()
-            print(f"chapters/{chapter.name}: {error.msg}: {line}", file=sys.stderr)
-            failed = True
         except Exception as error:
             print(f"chapters/{chapter.name}: {error!r}", file=sys.stderr)
             failed = True
     sys.exit(failed)
+
+
+def syntax_error(text: str) -> str | None:
+    """Where and why a module is no valid Python, or None."""
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        above = text.splitlines()[:error.lineno]
+        cell = next((x[5:] for x in reversed(above) if x.startswith("# %% ")), "?")
+        return f"{cell.removeprefix('../')}: {error.msg}: {(error.text or '').strip()}"
+    return None
 
 
 def hoist_docstring(text: str) -> str:
@@ -80,10 +87,12 @@ def regenerate(root: Path) -> tuple[dict[str, str], str]:
             (copy / "chapters" / chapter.name).write_bytes(chapter.read_bytes())
         done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "nbdev"],
                               cwd=copy, capture_output=True, text=True)
-        errors = done.stderr.strip() if done.returncode else ""
-        texts = {p.name: hoist_docstring(p.read_text(encoding="utf-8"))
-                 for p in sorted((copy / "sdlib").glob("*.py"))}
-    return texts, errors
+        raw = {p.name: p.read_text(encoding="utf-8")
+               for p in sorted((copy / "sdlib").glob("*.py"))}
+    broken = {name: fault for name, text in raw.items() if (fault := syntax_error(text))}
+    errors = [done.stderr.strip()] * bool(done.returncode) + list(broken.values())
+    texts = {name: hoist_docstring(raw[name]) for name in raw.keys() - broken.keys()}
+    return texts, "\n".join(errors)
 
 
 # -------------------------------------------------------------------- modules in sdlib

@@ -1,0 +1,117 @@
+"""Plausible wrong answers to the exercises of chapter 03, and what each must be told.
+
+"03_1": [(source of the answer, a fragment of the message it must get), ...]. The sources
+run with the names that the chapter's set-up, import and export cells define.
+"""
+
+WRONG = {
+    "03_1": [
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return m1 + m2, v1 + v2
+""", "variances add for the *sum*"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return (m1 + m2) / 2, (v1 + v2) / 2
+""", "the variance is not the average"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return (m1 * v1 + m2 * v2) / (v1 + v2), v1 * v2 / (v1 + v2)
+""", "the less certain witness then"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return (m1 + m2) / 2, v1 * v2 / (v1 + v2)
+""", "the plain average of the means"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return (m1 / v1 + m2 / v2) / (1 / v1 + 1 / v2), 1 / v1 + 1 / v2 + 0.1
+""", "the variance should be 1 / (1/0.5 + 1/2)"),
+    ],
+    "03_2": [
+        ("""
+def ex_03_2(betas, xt, noise, t):
+    bar = torch.cumprod(1 - betas, 0)[t]
+    return (xt - (1 - bar) ** 0.5 * noise) / bar**0.5
+""", "that goes back to x_0"),
+        ("""
+def ex_03_2(betas, xt, noise, t):
+    bar = torch.cumprod(1 - betas, 0)[t]
+    return xt - betas[t] / (1 - bar) ** 0.5 * noise
+""", "undo the shrinking"),
+        ("""
+def ex_03_2(betas, xt, noise, t):
+    return (xt - betas[t] ** 0.5 * noise) / (1 - betas[t]) ** 0.5
+""", "the prediction is of *all* the noise"),
+        ("""
+def ex_03_2(betas, xt, noise, t):
+    bar = torch.cumprod(1 - betas, 0)[t]
+    return (xt + betas[t] / (1 - bar) ** 0.5 * noise) / (1 - betas[t]) ** 0.5
+""", "the noise has to be subtracted"),
+        ("""
+def ex_03_2(betas, xt, noise, t):
+    bar = torch.cumprod(1 - betas, 0)[t]
+    return (xt - betas[t] / (1 - bar) * noise) / (1 - betas[t]) ** 0.5
+""", "divided by sqrt(alpha_t)"),
+    ],
+    "03_3": [
+        ("""
+def ex_03_3(snr):
+    return 1 + snr
+""", "the rate from picture to velocity"),
+        ("""
+def ex_03_3(snr):
+    return snr / (1 + snr)
+""", "that is the inverse"),
+        ("""
+def ex_03_3(snr):
+    return ((1 + snr) / snr) ** 0.5
+""", "the losses are their squares"),
+        ("""
+def ex_03_3(snr):
+    return 1 / snr
+""", "the weights are"),
+    ],
+    "03_4": [
+        ("""
+def ex_03_4(c, xt, a, s):
+    return s * xt
+""", "is right for c = 1 only"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return xt / s
+""", "if there is no signal"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return a * c / (a**2 * c + s**2) * xt
+""", "the best guess of x_0"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return s / (a**2 * c**2 + s**2) * xt
+""", "c is a variance already"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return s / (a * c + s) * xt
+""", "the factor is"),
+    ],
+    "03_5": [
+        ("""
+def ex_03_5(beta, beta_small, f):
+    share = (f + 1) / 2
+    return share * beta + (1 - share) * beta_small
+""", "interpolate their logarithms"),
+        ("""
+def ex_03_5(beta, beta_small, f):
+    share = (f + 1) / 2
+    return torch.exp(share * torch.log(beta_small) + (1 - share) * torch.log(beta))
+""", "swapped ends"),
+        ("""
+def ex_03_5(beta, beta_small, f):
+    return torch.exp(f * torch.log(beta) + (1 - f) * torch.log(beta_small))
+""", "f runs from -1 to 1"),
+        ("""
+def ex_03_5(beta, beta_small, f):
+    share = (f + 1) / 2
+    return share * torch.log(beta) + (1 - share) * torch.log(beta_small)
+""", "did you return its logarithm"),
+    ],
+}
