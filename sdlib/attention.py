@@ -18,19 +18,18 @@ def combine_masks(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor | N
     """One mask that says what `mask` and `causal` say together, or None.
 
     `mask` is boolean (True = this query may look at this key) or floating (added to the
-    scores) and broadcasts to `shape` = (B, h, Lq, Lk); `causal` hides later positions.
-    Raises ValueError for any other mask, and for `causal` with Lq != Lk.
+    scores) and broadcasts to `shape` = (B, h, Lq, Lk): two axes are read as (Lq, Lk),
+    so a padding mask (B, Lk) must be given as mask[:, None, None, :]. `causal` hides
+    later positions. Raises ValueError for any other mask, and for `causal` with
+    Lq != Lk.
     """
     if mask is not None:
         _require_mask(mask, shape)
     if not causal:
         return mask
-    length, keys = shape[-2:]
-    if length != keys:
-        raise ValueError("causal needs as many queries as keys, "
-                         f"got {length} and {keys}")
+    _require_causal(shape)
     device = None if mask is None else mask.device
-    seen = torch.ones(length, keys, dtype=torch.bool, device=device).tril()
+    seen = torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
     if mask is None:
         return seen
     if mask.dtype == torch.bool:
@@ -49,6 +48,13 @@ def _require_mask(mask: Tensor, shape: tuple) -> None:
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to "
                          f"(B, h, Lq, Lk) = {tuple(shape)}; write a padding mask "
                          "(B, Lk) as mask[:, None, None, :]")
+
+
+def _require_causal(shape: tuple) -> None:
+    """Position i may see positions up to i only if both axes count the same places."""
+    if shape[-2] != shape[-1]:
+        raise ValueError("causal needs as many queries as keys, "
+                         f"got {shape[-2]} and {shape[-1]}")
 
 # %% ../chapters/06_attention.ipynb #attention-weights
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None,
@@ -99,7 +105,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 # %% ../chapters/06_attention.ipynb #layer-helpers
 def _fused_attention(q, k, v, mask, causal) -> Tensor:
-    """`attention` by torch's fused kernel, which never stores the weights."""
+    """`attention` by torch's kernel; where it is fused, no weights are stored."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # On a CPU the kernel is 2 to 5 times faster in float32 than in bfloat16.
         with torch.autocast("cpu", enabled=False):
@@ -107,9 +113,9 @@ def _fused_attention(q, k, v, mask, causal) -> Tensor:
     shape = (*q.shape[:3], k.shape[2])
     if mask is not None:  # the kernel takes a mask or a causal flag, not both
         mask, causal = combine_masks(mask, causal, shape), False
-        mask = mask if mask.dtype == torch.bool else mask.to(q)
+        mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q)
     elif causal:
-        combine_masks(None, True, shape)  # raises if the lengths differ
+        _require_causal(shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

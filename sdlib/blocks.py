@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # %% ../chapters/07_vae.ipynb #resnet-block
 class ResnetBlock2D(nn.Module):
-    """Norm, SiLU, convolution, twice, added to the input (He et al. 2016, identity form).
+    """Norm, SiLU, convolution, twice, added to the input (He et al. 2016).
 
     `temb_channels` is the width of a time embedding (B, temb_channels) that is added
     between the convolutions; None for networks without time, like the VAE.
@@ -31,7 +31,8 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = (None if in_channels == out_channels
                               else nn.Conv2d(in_channels, out_channels, 1))
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor,
+                temb: torch.Tensor | None = None) -> torch.Tensor:
         """(B, in_channels, H, W), (B, temb_channels) -> (B, out_channels, H, W).
 
         Raises ValueError if `temb` is missing, or given to a block made without it.
@@ -76,7 +77,8 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor,
+                size: tuple[int, int] | None = None) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W), or to (B, C, *size) where a size is odd."""
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -42,15 +42,16 @@ class Facts:
     background: str
 
     def __post_init__(self) -> None:
-        sizes = SIZES if len(self.sprites) == 1 else SIZES[:2]
         for value, known in (*((s, SPRITES) for s in self.sprites),
-                             *((s, sizes) for s in self.sizes),
+                             *((s, SIZES) for s in self.sizes),
                              (self.relation, (None, *RELATIONS)),
                              (self.place, (None, *PLACES)),
                              (self.background, BACKGROUNDS)):
             if value not in known:
                 known = ", ".join(map(str, known))
                 raise ValueError(f"{value!r} is not possible here; known are: {known}")
+        if len(self.sprites) == 2 and "large" in self.sizes:
+            raise ValueError("two objects are small or medium: large ones do not fit")
         if len(self.sprites) not in (1, 2) or len(self.sizes) != len(self.sprites):
             raise ValueError("a scene has one or two objects and a size for each")
         if len(set(self.sprites)) < len(self.sprites):

@@ -24,8 +24,8 @@ def to_tensor(images: Image.Image | Sequence[Image.Image] | torch.Tensor,
     """
     if isinstance(images, torch.Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected uint8 of shape (B, 3, H, W), got {images.dtype} "
-                             f"of shape {tuple(images.shape)}")
+            raise ValueError("expected uint8 of shape (B, 3, H, W), "
+                             f"got {images.dtype} of shape {tuple(images.shape)}")
         return images.float() / 127.5 - 1
     images = [images] if isinstance(images, Image.Image) else list(images)
     if not images:
@@ -52,14 +52,15 @@ def to_pil(tensor: torch.Tensor) -> list[Image.Image]:
     if tensor.ndim == 3:
         tensor = tensor[None]
     if tensor.ndim != 4 or tensor.shape[1] != 3:
-        hint = ": channels come before height and width" if tensor.shape[-1] == 3 else ""
+        last = tensor.shape[-1] == 3
+        hint = ": channels come before height and width" if last else ""
         raise ValueError(f"expected (B, 3, H, W), got {tuple(tensor.shape)}{hint}")
     tensor = tensor.detach().cpu()
     if tensor.dtype != torch.uint8:
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
-            raise ValueError("the picture holds NaN or infinity: look for the step that "
-                             "made it, a picture cannot be clipped out of it")
+            raise ValueError("the picture holds NaN or infinity: look for the step "
+                             "that made it, clipping cannot mend that")
         if tensor.abs().max() > 20:
             raise ValueError(f"values up to {tensor.abs().max():.0f}: these look like "
                              "0..255, but floats must be in [-1, 1]")
@@ -121,7 +122,7 @@ def read_folder(folder: str | Path) -> list[tuple[Path, str]]:
     index = folder / "metadata.jsonl"
     if not index.is_file():
         raise FileNotFoundError(f"{index} is missing: it needs one line per picture, "
-                                'such as {"file_name": "tom.jpg", "text": "a gray cat"}')
+                                'like {"file_name": "tom.jpg", "text": "a gray cat"}')
     result: dict[Path, str] = {}
     for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

@@ -65,7 +65,7 @@ def _colored_name(r: float, g: float, b: float) -> str | None:
 
 
 def color_name(rgb: Sequence[float]) -> str | None:
-    """The background name of a color in [0, 1], or None if it lies between the names."""
+    """The background name of a color in [0, 1], or None if it lies between names."""
     return _colored_name(*(min(max(float(c), 0.0), 1.0) for c in rgb))
 
 
@@ -79,8 +79,8 @@ def background_name(fit: torch.Tensor) -> str | None:
 
 def nearest_name(rgb: torch.Tensor) -> str:
     """The name whose middle shade is nearest to a color."""
-    middle = (0.5, 0.5, 0.5)
-    return min(BACKGROUNDS, key=lambda name: math.dist(shade(name, middle), rgb.tolist()))
+    rgb, middle = rgb.tolist(), (0.5, 0.5, 0.5)
+    return min(BACKGROUNDS, key=lambda name: math.dist(shade(name, middle), rgb))
 
 # %% ../chapters/01_data.ipynb #matching-arrangements
 Field = tuple[int, int, int, int]  # left, top, right, bottom
@@ -97,7 +97,7 @@ def box_of(mask: torch.Tensor, field: Field = (0, 0, CANVAS, CANVAS)) -> tuple:
 
 
 def _cuts(profile: torch.Tensor, low: int, length: float) -> list[int]:
-    """Where to cut: in the empty stretches or, if blur has closed them, the emptiest."""
+    """Where to cut: in the empty stretches or, if there are none, the emptiest."""
     at = profile.nonzero().flatten()
     gaps = [int(a + b + 1) // 2 for a, b in zip(at[:-1], at[1:]) if b - a > 1]
     if gaps or length < 30:
@@ -116,10 +116,10 @@ def arrangements(mask: torch.Tensor) -> list[list[Field]]:
     for cut in _cuts(mask.sum(1), int(y - h / 2), h):
         ways.append([(0, 0, CANVAS, cut), (0, cut, CANVAS, CANVAS)])
     return [way for way in ways
-            if min(mask[t:b, l:r].sum() for l, t, r, b in way) >= 12]
+            if min(mask[y0:y1, x0:x1].sum() for x0, y0, x1, y1 in way) >= 12]
 
 # %% ../chapters/01_data.ipynb #matching-bank
-SIGMAS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)  # blur of sprites, pixels of their tile
+SIGMAS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)  # blur of sprites, in tile pixels
 BLURS = (0.45, 0.8, 1.2, 2.2)  # blur of a picture, in its pixels: the last is too much
 TILTS = tuple(math.radians(t) for t in (-12, -6, 0, 6, 12))
 
@@ -150,7 +150,7 @@ def blur_level(pose: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
 
 
 def blurred(sprite: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Tiles of sprites at blurs, (N,) indices into SPRITES and SIGMAS: (N, 4, 32, 32)."""
+    """Tiles (N, 4, 32, 32) of sprites at blurs: indices into SPRITES and SIGMAS."""
     return _blurred_tiles()[level, sprite]
 
 
@@ -169,7 +169,8 @@ def sample(tile: torch.Tensor, pose: torch.Tensor, x: torch.Tensor,
     return F.grid_sample(tile, grid, align_corners=False)
 
 
-def window(boxes: torch.Tensor, n: int, factor: float = 1, square: bool = False) -> tuple:
+def window(boxes: torch.Tensor, n: int, factor: float = 1,
+           square: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """n x n points over each box (N, 4), enlarged by a factor: x and y, (N, n, n)."""
     at = ((torch.arange(n) + 0.5) / n - 0.5) * factor
     w, h = boxes[:, 2], boxes[:, 3]
@@ -220,7 +221,8 @@ def rank(seen: torch.Tensor, under: torch.Tensor, box: torch.Tensor,
 
 # %% ../chapters/01_data.ipynb #matching-refine
 def refine(seen: torch.Tensor, under: torch.Tensor, sprite: torch.Tensor,
-           pose: torch.Tensor, x: torch.Tensor, y: torch.Tensor, steps: int = 4) -> tuple:
+           pose: torch.Tensor, x: torch.Tensor, y: torch.Tensor,
+           steps: int = 4) -> tuple:
     """Gauss-Newton steps from rough poses: poses (N, 4), errors and blurs (N,).
 
     seen, under: difference and background (N, 3, h, w) at the points x, y (N, h, w).
@@ -261,11 +263,12 @@ def match(difference: torch.Tensor, fit: torch.Tensor, which: torch.Tensor,
     (N, keep), pose (N, keep, 4), error and blur (N, keep), best first, and the
     unlikeness of all sprites (N, 60).
     """
-    def look(x, y, which, fields):  # the difference at points in pixels, 0 off the field
+    def look(x, y, which, fields):  # the difference at points, 0 outside of the field
         at = torch.stack([x, y], -1) / CANVAS * 2 - 1
         left, top, right, bottom = fields[:, :, None, None].unbind(1)
         inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
-        return F.grid_sample(difference[which], at, align_corners=False) * inside[:, None]
+        seen = F.grid_sample(difference[which], at, align_corners=False)
+        return seen * inside[:, None]
 
     n = len(boxes)
     x, y = window(boxes, 16)

@@ -27,7 +27,7 @@ CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4
 
 
 def use_style() -> None:
-    """Set the figure style of the course: white face, legible in dark themes as well."""
+    """Set the figure style of the course: white face, legible in dark themes too."""
     plt.rcParams.update({
         "figure.facecolor": "white", "axes.facecolor": "white",
         "savefig.facecolor": "white",
@@ -85,14 +85,16 @@ BOXES = [
     ("14", "Evaluation", 88.2, 9.2, 11, 7),
     ("00", "Welcome", 0.5, 0.6, 10, 4.4), ("15", "Real weights", 11.2, 0.6, 12, 4.4),
     ("16", "Editing", 23.9, 0.6, 8.8, 4.4), ("17", "Fine-tuning", 33.4, 0.6, 11.3, 4.4),
-    ("18", "ControlNet", 45.4, 0.6, 11.4, 4.4), ("19", "Upscaling", 57.5, 0.6, 10.2, 4.4),
+    ("18", "ControlNet", 45.4, 0.6, 11.4, 4.4),
+    ("19", "Upscaling", 57.5, 0.6, 10.2, 4.4),
     ("20", "Few steps", 68.4, 0.6, 10.2, 4.4), ("21", "Flow", 79.3, 0.6, 7, 4.4),
     ("22", "Finale: full size", 87, 0.6, 12.5, 4.4),
 ]
 ARROWS = [((11.6, 28), (15, 28)), ((26, 28), (30, 28)), ((41, 28), (45, 28)),
           ((57.5, 29.2), (61.5, 29.2)), ((61.5, 26.8), (57.5, 26.8)),
           ((72.5, 28), (76, 28)),
-          ((86.5, 28), (89.2, 28)), ((11, 12.7), (15, 12.7)), ((25.5, 12.7), (29, 12.7)),
+          ((86.5, 28), (89.2, 28)), ((11, 12.7), (15, 12.7)),
+          ((25.5, 12.7), (29, 12.7)),
           ((39, 12.7), (42.5, 12.7)), ((49, 16.2), (49, 21)),
           ((94.2, 22.6), (94.2, 16.2))]
 
@@ -106,8 +108,9 @@ def _box(axes: Axes, place: tuple, number: str, name: str, lit: bool) -> None:
         (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.9",
         facecolor=LIT if lit else "#eef1f4", edgecolor=LIT if lit else DIM))
     text = f"{number} {name}" if h < 5 else f"{number}\n{name}"
-    axes.text(x + w / 2, y + (h / 2 if h < 10 else h - 3), text, ha="center", va="center",
-              fontsize=8.4, linespacing=1.15, color="white" if lit else "#30363c",
+    axes.text(x + w / 2, y + (h / 2 if h < 10 else h - 3), text, fontsize=8.4,
+              ha="center", va="center", linespacing=1.15,
+              color="white" if lit else "#30363c",
               fontweight="bold" if lit else "normal")
 
 
@@ -133,12 +136,12 @@ def road_map(chapter: str) -> Image.Image:
     figure = Figure(figsize=(10.4, 3.95), dpi=115, facecolor="white", layout="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 100), ylim=(0, 38))
     axes.set_axis_off()
-    _frame(axes, (13.2, 19.6, 74.3, 17.4), "13 Pipeline: from the prompt to the picture",
-           True, chapter == "13")
+    _frame(axes, (13.2, 19.6, 74.3, 17.4),
+           "13 Pipeline: from the prompt to the picture", True, chapter == "13")
     _frame(axes, (13.2, 6.2, 63, 11.2), "12 Training", False, chapter == "12")
     for number, name, *place in BOXES:
         _box(axes, tuple(place), number, name, number == chapter)
-    arrow = {"arrowstyle": "-|>", "color": "#30363c", "lw": 1, "shrinkA": 0, "shrinkB": 0}
+    arrow = {"arrowstyle": "-|>", "color": "#30363c", "shrinkA": 0, "shrinkB": 0}
     for start, end in ARROWS:
         axes.annotate("", end, start, arrowprops=arrow)
     axes.text(5.8, 28, textwrap.fill(EXAMPLE_PROMPT, 13), ha="center", va="center",

@@ -24,7 +24,7 @@ def expand_prompts(prompt: str | Sequence[str],
     different lengths, no prompt, or fewer than one picture; TypeError for non-strings.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = negative_prompt or ""
+    negatives = "" if negative_prompt is None else negative_prompt
     negatives = ([negatives] * len(prompts) if isinstance(negatives, str)
                  else list(negatives))
     for text in prompts + negatives:

@@ -6,7 +6,7 @@
 __all__ = ['MAX_ERROR', 'MAX_RATIO', 'MAX_LEFT', 'VISIBLE', 'Found', 'Reading', 'size_name', 'read', 'Judgement', 'place_of',
            'relation_of', 'compare', 'judge_all', 'judge']
 
-# %% ../chapters/01_data.ipynb #reader-classes
+# %% ../chapters/01_data.ipynb #reader-imports
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from .matching import (BLURS, arrangements, background_name, blur_level, blurred
                             box_of, match, plane, plane_fit, sample)
 
 # How sure the reader must be; the chapter measures what these numbers do
-MAX_ERROR = 0.40  # |picture - sprite| / |sprite|, both as differences from the background
+MAX_ERROR = 0.40  # |picture - sprite| / |sprite|, as differences from the background
 MAX_RATIO = 0.60  # the best sprite's error over that of the runner-up
 MAX_LEFT = 0.012  # part of the picture that may stay unexplained
 VISIBLE = 0.12  # RGB distance at which a pixel differs from the background
 
-
+# %% ../chapters/01_data.ipynb #reader-classes
 @dataclass(frozen=True)
 class Found:
     """One object that was read; sprite is None if the reader is not sure which it is.
@@ -114,15 +114,15 @@ def read(images) -> list[Reading]:
     """
     return [r for chunk in _pixels(images).split(16) for r in _read_chunk(chunk)]
 
-
+# %% ../chapters/01_data.ipynb #reader-decide
 def _read_chunk(pixels: torch.Tensor) -> list[Reading]:
     at = torch.arange(CANVAS) + 0.5
-    y, x = (g.expand(len(pixels), -1, -1) for g in torch.meshgrid(at, at, indexing="ij"))
+    y, x = torch.meshgrid(at, at, indexing="ij")
     fit = plane_fit(pixels)
-    difference = pixels - plane(fit, x, y)
+    difference = pixels - plane(fit, x[None], y[None])
     masks = difference.norm(dim=1) > VISIBLE
     masks &= F.avg_pool2d(masks.float(), 3, 1, 1) * 9 > 2.5  # lonely pixels are noise
-    ways = [arrangements(mask) for mask in masks]
+    ways = [arrangements(mask) or [[]] for mask in masks]  # [[]]: too much to name
     which = [k for k, w in enumerate(ways) for way in w for _ in way]
     fields = [part for w in ways for way in w for part in way]
     boxes = [box_of(masks[k], part) for k, part in zip(which, fields)]
@@ -177,7 +177,7 @@ def place_of(x: float, y: float) -> str:
 
 
 def relation_of(first: Found, second: Found) -> str:
-    """How the first object lies to the second: along the axis where they are farther."""
+    """How the first object lies to the second, along the axis that parts them more."""
     dx, dy = first.x - second.x, first.y - second.y
     k = (0 if dx < 0 else 1) if abs(dx) > abs(dy) else (2 if dy < 0 else 3)
     return RELATIONS[k]

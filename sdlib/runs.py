@@ -135,13 +135,14 @@ class RunLog:
     def __init__(self, state: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.path = state / "log.jsonl"
+        self.path, before = state / "log.jsonl", 0.0
         if self.path.exists():  # a resumed run repeats the steps after its checkpoint
             rows = [json.loads(line) for line in self.path.read_text().splitlines()]
             rows = [row for row in rows if row["step"] <= step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            before = rows[-1]["seconds"] if rows else 0.0
         self.board = SummaryWriter(state / "tensorboard", purge_step=step)
-        self.start = time.time()
+        self.start = time.time() - before  # the clock counts training only
 
     def __enter__(self) -> "RunLog":
         return self

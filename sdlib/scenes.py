@@ -21,7 +21,8 @@ from .captions import (BACKGROUNDS, FAMILY, FRAMES, PLACES, RELATIONS, SIZES,
                             SPRITES, Facts, parse_caption, phrasings, write_caption)
 from .drawing import CANVAS, clashes, draw_background, extent, paint, shade, tiles
 
-_all_ = ["BACKGROUNDS", "CANVAS", "Facts", "SPRITES", "clashes", "parse_caption", "tiles"]
+_all_ = ["BACKGROUNDS", "CANVAS", "Facts", "SPRITES", "clashes", "parse_caption",
+         "tiles"]
 SPLITS = ("train", "valid", "heldout")
 EXAMPLE_PROMPT = "a fox to the left of a pizza, blue background"
 EXAMPLE_SEED = 0

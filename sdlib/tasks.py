@@ -20,7 +20,7 @@ from sdlib.batches import (
     LatentScenes,
     crop_objects,
     draw_scenes,
-    keyed_generator,
+    keyed_chance,
     keyed_noise,
 )
 from sdlib.clip import (
@@ -70,7 +70,7 @@ class Task:
         """Scenes with these numbers: pictures (B, 3, 64, 64) in [-1, 1], captions."""
         return draw_scenes(samples, self.seed, split, self.module)
 
-# %% ../chapters/12_training.ipynb #tasks-vae
+# %% ../chapters/12_training.ipynb #tasks-vae-options
 @dataclass(frozen=True)
 class VAEOptions(Config):
     """Weights of the loss terms (chapter 7), and the side of the crops trained on."""
@@ -80,7 +80,7 @@ class VAEOptions(Config):
     mse_weight: float = 2.0
     crop: int = 32
 
-
+# %% ../chapters/12_training.ipynb #tasks-vae-class
 class VAETask(Task):
     """Reconstruct pieces of scenes through the latent bottleneck."""
 
@@ -115,7 +115,7 @@ class VAETask(Task):
         keep.load_state_dict(self.module.state_dict())
         keep.save_pretrained(self.output / "vae", torch.float16)
 
-# %% ../chapters/12_training.ipynb #tasks-clip
+# %% ../chapters/12_training.ipynb #tasks-clip-options
 @dataclass(frozen=True)
 class CLIPOptions(Config):
     """How captions are tokenized, and how many near misses each picture meets."""
@@ -124,7 +124,7 @@ class CLIPOptions(Config):
     tokenizer_captions: int = 20_000
     negatives: int = 3
 
-
+# %% ../chapters/12_training.ipynb #tasks-clip-class
 class CLIPTask(Task):
     """Tell each scene's caption from the others' and from its own near misses."""
 
@@ -189,7 +189,7 @@ def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, z: Tensor, noise: T
     weight = snr_weight(schedule.snr(t), gamma)
     return (weight * error).mean(), error.mean().detach()
 
-# %% ../chapters/12_training.ipynb #tasks-diffusion
+# %% ../chapters/12_training.ipynb #tasks-diffusion-options
 @dataclass(frozen=True)
 class DiffusionOptions(Config):
     """Latent diffusion: number of precomputed scenes, caption dropout, loss weight."""
@@ -198,7 +198,7 @@ class DiffusionOptions(Config):
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
 
-
+# %% ../chapters/12_training.ipynb #tasks-diffusion-class
 class DiffusionTask(Task):
     """Predict v from noisy latents, time and caption, in the frozen VAE's space."""
 
@@ -226,9 +226,7 @@ class DiffusionTask(Task):
             x, captions = self.draw(samples, split)
             z = self.vae.encode(x).mean
         z = z.to(self.device) * self.vae.config.scaling_factor
-        chance = torch.stack([
-            torch.rand(2, generator=keyed_generator(self.seed, int(i), 1))
-            for i in samples])  # (B, 2): one number for the dropout, one for the time
+        chance = keyed_chance(self.seed, samples)  # (B, 2): for the dropout, for t
         dropped = (chance[:, 0] < self.options.caption_dropout).tolist()
         captions = ["" if drop else c for drop, c in zip(dropped, captions)]
         t = (chance[:, 1] * len(self.schedule.betas)).long().to(self.device)
@@ -244,6 +242,6 @@ class DiffusionTask(Task):
         DDIMScheduler.from_config(DDIMConfig.emoji()).save_pretrained(
             self.output / "scheduler")
 
-
+# %% ../chapters/12_training.ipynb #tasks-all
 TASKS: dict[str, type[Task]] = {"vae": VAETask, "clip": CLIPTask,
                                 "diffusion": DiffusionTask}

@@ -11,7 +11,6 @@ __all__ = ['END_OF_WORD', 'BOS', 'EOS', 'merge_pair', 'bytes_to_unicode', 'to_sy
 import gzip
 import heapq
 import json
-import tempfile
 import unicodedata
 import warnings
 from collections import Counter, defaultdict

@@ -92,7 +92,8 @@ def train_step(trainer: Trainer) -> dict[str, float]:
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss became {loss.item()} at step {trainer.step}; the last "
-            "checkpoint is intact. Start a new run with a lower learning_rate or in float32")
+            "checkpoint is intact. Start a new run with a lower learning_rate, or in "
+            "float32")
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trainer.module.parameters(),
@@ -152,7 +153,7 @@ def save_checkpoint(trainer: Trainer, state: Path, keep: int = 2) -> Path:
         shutil.rmtree(old)
     return folder
 
-
+# %% ../chapters/12_training.ipynb #training-resume
 def checkpoints(state: Path) -> list[Path]:
     """The complete checkpoints in a state folder, oldest first."""
     return sorted(state.glob("checkpoint-????????"))

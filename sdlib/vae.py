@@ -80,7 +80,7 @@ class MidBlock(nn.Module):
 
 # %% ../chapters/07_vae.ipynb #levels
 class DownEncoderBlock2D(nn.Module):
-    """One level of the encoder: residual blocks, then halving unless it is the last."""
+    """One level of the encoder: residual blocks, then halving unless the last."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int,
                  downsample: bool):
@@ -99,7 +99,7 @@ class DownEncoderBlock2D(nn.Module):
 
 
 class UpDecoderBlock2D(nn.Module):
-    """One level of the decoder: residual blocks, then doubling unless it is the last."""
+    """One level of the decoder: residual blocks, then doubling unless the last."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int,
                  upsample: bool):
@@ -122,7 +122,7 @@ class VAEConfig(Config):
     """Shape of an AutoencoderKL, with the names of diffusers' config.json.
 
     The defaults are Stable Diffusion 1's. `scaling_factor` is 1 / (standard deviation
-    of the latents), measured after training. Raises ValueError for shapes that cannot be.
+    of the latents), measured after training. ValueError for shapes that cannot be.
     """
 
     in_channels: int = 3
@@ -154,12 +154,13 @@ class VAEConfig(Config):
             raise ValueError(f"act_fn must be 'silu', not {self.act_fn!r}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels {self.block_out_channels}: {channels}"
-                                 f" does not split into {self.norm_num_groups} groups")
+                raise ValueError(
+                    f"block_out_channels {self.block_out_channels}: {channels} does not "
+                    f"split into {self.norm_num_groups} groups")
 
     @property
     def factor(self) -> int:
-        """How many pixels one latent stands for along each axis: 8 for SD, 4 for ours."""
+        """Pixels that one latent stands for along each axis: 8 for SD, 4 for ours."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -169,7 +170,7 @@ class VAEConfig(Config):
 
     @classmethod
     def emoji(cls) -> "VAEConfig":
-        """Ours for Emoji Scenes: 64x64x3 -> 16x16x4, 2.7 million parameters."""
+        """Ours for Emoji Scenes: 64x64x3 -> 16x16x4, 1.5 million parameters."""
         return cls(block_out_channels=(24, 48, 96), layers_per_block=1,
                    norm_num_groups=8, sample_size=64)
 
@@ -229,7 +230,8 @@ def convert_old_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     the original code store 1x1 convolutions (C, C, 1, 1) where linear layers (C, C)
     are now. Raises ValueError if old and new spelling of one tensor are both there.
     """
-    spelling = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    spelling = {"query": "to_q", "key": "to_k", "value": "to_v",
+                "proj_attn": "to_out.0"}
     new = {}
     for name, tensor in state.items():
         start, found, rest = name.partition(".attentions.")
@@ -240,7 +242,7 @@ def convert_old_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
                 tensor = tensor[:, :, 0, 0]
         renamed = start + found + ".".join(parts)
         if renamed in new:
-            raise ValueError(f"{renamed} is there twice, in the old and the new spelling")
+            raise ValueError(f"{renamed} is there twice, in old and new spelling")
         new[renamed] = tensor
     return new
 
@@ -269,29 +271,29 @@ class AutoencoderKL(Pretrained):
         """
         f, channels = self.config.factor, self.config.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"pictures must have shape (batch, {channels}, height, width),"
-                             f" not {tuple(x.shape)}")
+            raise ValueError(f"pictures must have shape (batch, {channels}, height, "
+                             f"width), not {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floating in [-1, 1], not {x.dtype}")
         if x.shape[2] % f or x.shape[3] % f or not x.numel():
             raise ValueError(f"height and width must be multiples of {f}, not "
-                             f"{x.shape[2]} x {x.shape[3]}: crop or resize the pictures")
+                             f"{x.shape[2]} x {x.shape[3]}: crop or resize them")
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, h, w), divided by the scaling factor -> (B, 3, h*f, w*f).
 
-        The pictures are not clamped. Raises ValueError for another rank or channel count.
+        Not clamped. Raises ValueError for another rank or channel count.
         """
         channels = self.config.latent_channels
         if z.ndim != 4 or z.shape[1] != channels or not z.numel():
-            raise ValueError(f"latents must have shape (batch, {channels}, height, width),"
-                             f" not {tuple(z.shape)}")
+            raise ValueError(f"latents must have shape (batch, {channels}, height, "
+                             f"width), not {tuple(z.shape)}")
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None
                 ) -> tuple[torch.Tensor, DiagonalGaussian]:
-        """Encode, sample, decode: (B, 3, H, W) -> reconstruction (B, 3, H, W), q(z|x)."""
+        """Encode, sample, decode: (B, 3, H, W) -> pictures (B, 3, H, W), q(z|x)."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
 
@@ -304,12 +306,12 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def vae_loss(x: torch.Tensor, reconstruction: torch.Tensor, posterior: DiagonalGaussian,
              kl_weight: float = 1e-6, edge_weight: float = 1.0
              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L1 + kl_weight * KL + edge_weight * L1 of the edges, each per number of a picture.
+    """L1 + kl_weight * KL + edge_weight * L1 of the edges, per number of a picture.
 
     `kl_weight` is the scale of the Laplace noise that the decoder admits to, in units
     of the pixels. Returns the loss and its parts "l1", "kl" (nats per number of the
-    picture, unweighted) and "edge", without gradient. Raises ValueError if the shapes of
-    `x` and `reconstruction` (B, C, H, W) differ.
+    picture, unweighted) and "edge", without gradient. Raises ValueError if `x` and
+    `reconstruction` (B, C, H, W) have different shapes.
     """
     if x.shape != reconstruction.shape:
         raise ValueError(f"the pictures have shape {tuple(x.shape)}, their "

@@ -25,7 +25,7 @@ from tree import (
     toc_chapters,
 )
 
-from sdlib.exercises import attempt
+from sdlib.exercises import verdict
 
 FORM = {"task": None, "stub": {"exercise-stub"},
         "check": {"exercise-check", "hide-input"},
@@ -97,7 +97,7 @@ def test_form(chapter):
             assert cells[kind].cell_type == kind_is, f"{key} {kind}"
             if wanted:
                 assert wanted <= tags(cells[kind]), f"{key} {kind} lacks the tags {wanted}"
-        title = rf"### Exercise {re.escape(dotted(key))}: .+ \(\d+ minutes?(, [\w -]+)?\)"
+        title = rf"### Exercise {re.escape(dotted(key))}: .+ \(\d+ minutes?[\w, -]*\)"
         task = cells["task"].source
         assert re.fullmatch(title, task.splitlines()[0]), f"{key}: {task.splitlines()[0]!r}"
         assert re.search(r"<details>\s*<summary>Hint", task), f"{key}: no hint"
@@ -137,7 +137,7 @@ def test_stub_solution_and_wrong_answers(chapter):
             local = dict(names)
             run(source, local)
             with contextlib.redirect_stdout(io.StringIO()):
-                result = attempt(number, local[f"ex_{key}"], exam)
+                result = verdict(local[f"ex_{key}"], exam)
             heard.append(result)
             if not result.startswith("not yet: ") or fragment not in result:
                 faults.append(f"{key}: wanted {fragment!r}, got {result!r} for\n{source}")

@@ -15,7 +15,6 @@ assert sdlib.__file__.startswith(sys.argv[1]), sdlib.__file__
 pipe = StableDiffusion.from_pretrained("models/emoji-sd")
 image = pipe("a fox to the left of a pizza, blue background", seed=0, output_type="pt",
              num_inference_steps=2, progress=False)
-image = getattr(image, "images", image)
 print("calls of theirs:", getattr(Attention, "calls", None))
 print("finite:", bool(torch.as_tensor(image).isfinite().all()))
 """
@@ -39,8 +38,8 @@ def change_attention(path) -> None:
             cls = next(n for n in tree.body if isinstance(n, ast.ClassDef))
             forward = next(n for n in cls.body if getattr(n, "name", "") == "forward")
             lines = source.splitlines(keepends=True)
-            lines.insert(forward.body[-1].lineno - 1,
-                         "        Attention.calls = getattr(Attention, 'calls', 0) + 1\n")
+            after = forward.body[0].end_lineno  # the docstring
+            lines.insert(after, "        Attention.calls = getattr(Attention, 'calls', 0) + 1\n")
             cell["source"] = "".join(lines)
             path.write_text(json.dumps(notebook), encoding="utf-8")
             return

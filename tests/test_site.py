@@ -19,7 +19,9 @@ def site(tmp_path_factory) -> Path:
         [str(Path(sys.prefix) / "bin" / "jupyter-book"), "build", ".", "-W", "-n",
          "--keep-going"],
         cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    said = (done.stdout + done.stderr).splitlines()
+    faults = [line for line in said if "WARNING" in line or "ERROR" in line]
+    assert done.returncode == 0, "\n".join(faults or said[-60:])
     return folder / "_build" / "html"
 
 

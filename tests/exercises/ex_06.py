@@ -135,6 +135,10 @@ def ex_06_6(q, k, v, factors):
 def ex_06_6(q, k, v, factors):
     return attention(q, k, v)
 """, "no effect"),
+        ("""
+def ex_06_6(q, k, v, factors):
+    return attention(q, k, v, mask=factors.clamp(min=0.1).log()[None, :])
+""", "all but remove the word"),
     ],
     "06_7": [
         ("""
@@ -179,5 +183,10 @@ def ex_06_8(q, k, v, side):
 def ex_06_8(q, k, v, side):
     return attention(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2])
 """, "the shape is not"),
+        ("""
+def ex_06_8(q, k, v, side):
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) / q.shape[-1] ** 0.5
+    return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+""", "write products with @"),
     ],
 }

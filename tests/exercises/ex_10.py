@@ -5,7 +5,7 @@ WRONG = {
         ("def ex_10_1(size):\n    return size // 2", "around the *middle*"),
         ("def ex_10_1(size):\n    return size", "one layer too many"),
         ("def ex_10_1(size):\n    return (size - 1 + 2) // 3",
-         "each layer lets news travel one place"),
+         "a layer lets news travel one place"),
         ("def ex_10_1(size):\n    return max(1, size - 1)", "one place already sees itself"),
     ],
     "10_2": [

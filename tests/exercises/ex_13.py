@@ -1,0 +1,81 @@
+"""Plausible wrong answers to the exercises of chapter 13, and what each must be told."""
+
+_RESCALE = ("def ex_13_3(guided, e_text, phi):\n"
+            "    rescaled = guided * {wanted} / {spread}\n"
+            "    return {mix}")
+
+WRONG = {
+    "13_1": [
+        ("def ex_13_1(e_text, e_empty, s, guide):\n    return guide(e_text, e_empty, s)",
+         "you handed s on as w"),
+        ("def ex_13_1(e_text, e_empty, s, guide):\n"
+         "    return guide(e_text, e_empty, s - 1)", "the wrong direction"),
+        ("def ex_13_1(e_text, e_empty, s, guide):\n"
+         "    return guide(e_empty, e_text, 1 + s)", "changed places"),
+        ("def ex_13_1(e_text, e_empty, s, guide):\n"
+         "    return (1 + s) * e_text - s * e_empty", "let guide do the work"),
+        ("def ex_13_1(e_text, e_empty, s, guide):\n    return e_text", "for s = 3 you give"),
+    ],
+    "13_2": [
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [1.0 if low <= t <= high else w for t in timesteps]\n"
+         "    return scales, 7", "the other way round"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low <= t < high else 1.0 for t in timesteps]\n"
+         "    return scales, 7", "both ends belong to the interval"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low <= t <= high else 0.0 for t in timesteps]\n"
+         "    return scales, 8", "the plain conditional prediction"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low <= t <= high else 1.0 for t in timesteps]\n"
+         "    return scales, 2 * len(scales)", "unguided steps need only one"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low <= t <= high else 1.0 for t in timesteps]\n"
+         "    return scales, len(scales)", "need 8, you say 5"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    return [w for t in timesteps if low <= t <= high], 6", "five steps need five"),
+    ],
+    "13_3": [
+        (_RESCALE.format(wanted="e_text.std()", spread="guided.std()",
+                         mix="phi * rescaled + (1 - phi) * guided"), "for the whole batch"),
+        (_RESCALE.format(wanted="e_text.std((2, 3), keepdim=True)",
+                         spread="guided.std((2, 3), keepdim=True)",
+                         mix="phi * rescaled + (1 - phi) * guided"), "per channel"),
+        (_RESCALE.format(wanted="e_text.std((1, 2, 3), keepdim=True)",
+                         spread="guided.std((1, 2, 3), keepdim=True)", mix="rescaled"),
+         "at phi = 0 the prediction must stay"),
+        (_RESCALE.format(wanted="e_text.std((1, 2, 3), keepdim=True)",
+                         spread="guided.std((1, 2, 3), keepdim=True)",
+                         mix="(1 - phi) * rescaled + phi * guided"),
+         "nothing has changed at phi = 1"),
+        (_RESCALE.format(wanted="e_text.var((1, 2, 3), keepdim=True)",
+                         spread="guided.var((1, 2, 3), keepdim=True)",
+                         mix="phi * rescaled + (1 - phi) * guided"),
+         "must have the standard deviation"),
+    ],
+    "13_4": [
+        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+         "    e = unet(z, t, empty.expand(len(z), -1, -1))\n"
+         "    return e + sum(w * (unet(z, t, c.expand(len(z), -1, -1)) - e)\n"
+         "                   for w, c in zip(weights, contexts))", "3 calls of the U-Net"),
+        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+         "    both = torch.cat([c.expand(len(z), -1, -1) for c in [empty, *contexts]])\n"
+         "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(3)\n"
+         "    return sum(w * (o - e) for w, o in zip(weights, others))",
+         "the differences alone"),
+        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+         "    both = torch.cat([c.expand(len(z), -1, -1) for c in [empty, *contexts]])\n"
+         "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(3)\n"
+         "    return e + sum(w * o for w, o in zip(weights, others))",
+         "*difference* from the empty one"),
+        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+         "    return unet(z.repeat(3, 1, 1, 1), t, torch.cat([empty, *contexts]))",
+         "one context per latent"),
+        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+         "    both = torch.cat([empty, *contexts]).repeat_interleave(len(z), 0)\n"
+         "    latents = z.repeat_interleave(3, 0)\n"
+         "    e, *others = unet(latents, t, both).chunk(3)\n"
+         "    return e + sum(w * (o - e) for w, o in zip(weights, others))",
+         "lined up in the same order"),
+    ],
+}
