@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdlib.clip_towers import (
-    ACTIVATIONS, CLIPAttention, CLIPEncoder, CLIPEncoderLayer, CLIPMLP, CLIPTextConfig,
-    CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection,
-    _linear, end_of_text, quick_gelu,
+    CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection,
+    _linear, end_of_text,
 )
 from .storage import Config, Pretrained, load_strictly, read_json, read_weights
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,7 @@ def extent(sprite: str, scale: float, angle: float) -> tuple[float, float]:
     return w * c + h * s, w * s + h * c
 
 
-def placement(item, side: int = 64, left: float = 0, top: float = 0,
+def placement(item: Any, side: int = 64, left: float = 0, top: float = 0,
               zoom: int = 1) -> tuple[float, ...]:
     """Which point of the tile lies under a point of the picture: a, b, c, d, e, f.
 
@@ -55,7 +56,7 @@ def placement(item, side: int = 64, left: float = 0, top: float = 0,
     return a, b, side / 2 - a * x - b * y, d, e, side / 2 - d * x - e * y
 
 # %% ../chapters/01_data.ipynb #drawing-paint
-def paint(canvas: np.ndarray, item) -> None:
+def paint(canvas: np.ndarray, item: Any) -> None:
     """Lay one sprite over the canvas, float (64, 64, 3) in 0..255, in place.
 
     item: has sprite, x, y, scale and angle (see `scenes.Item`).

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def _pixels(images) -> torch.Tensor:
 
 
 @torch.no_grad()
-def read(images) -> list[Reading]:
+def read(images: Any) -> list[Reading]:
     """Read pictures: PIL pictures, or (B, 3, 64, 64) in [-1, 1], or uint8.
 
     Raises ValueError for other sizes or NaN.
@@ -202,7 +203,7 @@ def compare(reading: Reading, facts: Facts) -> Judgement:
     return Judgement(background, objects, position, size, everything)
 
 
-def judge_all(images, captions: Sequence[str]) -> list[Judgement]:
+def judge_all(images: Any, captions: Sequence[str]) -> list[Judgement]:
     """Judge each picture by its caption (see `read` and `parse_caption`)."""
     readings = read(images)
     if len(readings) != len(captions):
@@ -210,7 +211,7 @@ def judge_all(images, captions: Sequence[str]) -> list[Judgement]:
     return [compare(r, parse_caption(c)) for r, c in zip(readings, captions)]
 
 
-def judge(image, caption: str) -> Judgement:
+def judge(image: Any, caption: str) -> Judgement:
     """Which facts of the caption one picture shows."""
     images = image if isinstance(image, torch.Tensor) else [image]
     return judge_all(images, [caption])[0]

@@ -14,7 +14,6 @@ from torch import nn
 from sdlib.attention import attention, merge_heads, split_heads
 from sdlib.clip import (
     CLIP,
-    CLIPEncoderLayer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -22,11 +21,10 @@ from sdlib.clip import (
     clip_loss,
     clip_pixels,
     contrastive_loss,
-    end_of_text,
     load_clip,
-    quick_gelu,
     save_clip,
 )
+from sdlib.clip_towers import CLIPEncoderLayer, end_of_text, quick_gelu
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -132,7 +132,6 @@ def main() -> None:
     chosen, unseen = choose("valid", options.prompts), choose("heldout", few)
     settings = {"steps": options.steps, "guidance_scale": options.guidance}
     pictures = paint(pipe, chosen, **_short(settings))
-    torch.save(pictures, "/opt/sd/pictures.pt")
     report = settings | {
         "vae": judge_vae(pipe.vae, choose("valid", few)),
         "clip": judge_clip(folder, pipe.tokenizer, choose("valid", few)),
