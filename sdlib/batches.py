@@ -76,10 +76,11 @@ class LatentScenes:
     meets latents that are not its own.
     """
 
-    def __init__(self, vae: AutoencoderKL, weights: Path, count: int, seed: int,
+    def __init__(self, vae: AutoencoderKL, folder: Path, count: int, seed: int,
                  state: Path):
         self.vae, self.count, self.seed = vae, count, seed
-        key = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+        weights = (folder / vae.weights_name).read_bytes()
+        key = hashlib.sha256(weights).hexdigest()[:12]
         path = state / f"latents-{key}-{count}-{seed}.safetensors"
         if not path.exists():
             draft = path.with_suffix(".part")

@@ -208,16 +208,14 @@ class DiffusionTask(Task):
         super().__init__(*args)
         self.module = UNet2DConditionModel(UNetConfig.emoji())
         self.schedule = NoiseSchedule.emoji().to(self.device)
-        self.vae = AutoencoderKL.from_pretrained(
-            self.output / "vae", device=self.device)
-        self.text_encoder = CLIPTextModel.from_pretrained(
-            self.output / "text_encoder", device=self.device)
+        self.vae = AutoencoderKL.from_pretrained(self.output / "vae")
+        self.text_encoder = CLIPTextModel.from_pretrained(self.output / "text_encoder")
+        nn.ModuleList([self.vae, self.text_encoder]).to(self.device)
         self.tokenizer = Tokenizer.from_pretrained(self.output / "tokenizer")
 
     def prepare(self, state):
-        weights = self.output / "vae" / AutoencoderKL.weights_name
-        self.data = LatentScenes(self.vae, weights, self.options.scenes, self.seed,
-                                 state)
+        self.data = LatentScenes(self.vae, self.output / "vae", self.options.scenes,
+                                 self.seed, state)
 
     def loss(self, samples, split):
         if split == "train":
@@ -233,8 +231,8 @@ class DiffusionTask(Task):
         noise = keyed_noise(self.seed, samples, z.shape[1:]).to(z)
         with torch.no_grad():
             context = self.text_encoder(self.tokenizer(captions).to(self.device))
-        loss, error = diffusion_loss(self.module, self.schedule, z, noise, t, context,
-                                     self.options.snr_gamma)
+        loss, error = diffusion_loss(self.module, self.schedule, z, noise, t,
+                                     context, self.options.snr_gamma)
         return loss, {"v_mse": error}
 
     def export(self):

@@ -116,13 +116,35 @@ class UpDecoderBlock2D(nn.Module):
             x = block(x)
         return x
 
+# %% ../chapters/07_vae.ipynb #config-checks
+_FIXED = {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None,),
+          "mid_block_add_attention": (True,), "use_quant_conv": (True,),
+          "use_post_quant_conv": (True,)}
+
+
+def _complete(config: "VAEConfig") -> None:
+    """Fill in the types of the levels; ValueError for shapes that cannot be."""
+    for field, kind in (("down_block_types", "DownEncoderBlock2D"),
+                        ("up_block_types", "UpDecoderBlock2D")):
+        wanted = (kind,) * len(config.block_out_channels)
+        value = getattr(config, field) or wanted
+        if tuple(value) != wanted:
+            raise ValueError(f"{field} must be {wanted}, not {value}")
+        object.__setattr__(config, field, wanted)  # the dataclass is frozen
+    if config.act_fn not in ("silu", "swish"):
+        raise ValueError(f"act_fn must be 'silu', not {config.act_fn!r}")
+    for channels in config.block_out_channels:
+        if channels % config.norm_num_groups:
+            raise ValueError(
+                f"block_out_channels {config.block_out_channels}: {channels} does "
+                f"not split into {config.norm_num_groups} groups")
+
 # %% ../chapters/07_vae.ipynb #vae-config
 @dataclass(frozen=True)
 class VAEConfig(Config):
     """Shape of an AutoencoderKL, with the names of diffusers' config.json.
 
-    The defaults are Stable Diffusion 1's. `scaling_factor` is 1 / (standard deviation
-    of the latents), measured after training. ValueError for shapes that cannot be.
+    Defaults: Stable Diffusion 1. ValueError for shapes that cannot be.
     """
 
     in_channels: int = 3
@@ -132,31 +154,16 @@ class VAEConfig(Config):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 512
-    scaling_factor: float = 0.18215
+    scaling_factor: float = 0.18215  # 1 / (standard deviation of the latents)
     act_fn: str = "silu"
     down_block_types: tuple[str, ...] | None = None  # None: as many as there are levels
     up_block_types: tuple[str, ...] | None = None
 
-    FIXED: ClassVar = {"latents_mean": (None,), "latents_std": (None,),
-                       "shift_factor": (None,), "mid_block_add_attention": (True,),
-                       "use_quant_conv": (True,), "use_post_quant_conv": (True,)}
+    FIXED: ClassVar = _FIXED
     IGNORED: ClassVar = frozenset({"force_upcast"})
 
     def __post_init__(self):
-        for field, kind in (("down_block_types", "DownEncoderBlock2D"),
-                            ("up_block_types", "UpDecoderBlock2D")):
-            wanted = (kind,) * len(self.block_out_channels)
-            value = getattr(self, field) or wanted
-            if tuple(value) != wanted:
-                raise ValueError(f"{field} must be {wanted}, not {value}")
-            object.__setattr__(self, field, wanted)  # the dataclass is frozen
-        if self.act_fn not in ("silu", "swish"):
-            raise ValueError(f"act_fn must be 'silu', not {self.act_fn!r}")
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels {self.block_out_channels}: {channels} does not "
-                    f"split into {self.norm_num_groups} groups")
+        _complete(self)
 
     @property
     def factor(self) -> int:
@@ -246,6 +253,27 @@ def convert_old_attention(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         new[renamed] = tensor
     return new
 
+# %% ../chapters/07_vae.ipynb #shape-checks
+def _require_pictures(x: torch.Tensor, config: VAEConfig) -> None:
+    """Explain wrong pictures before a convolution fails with a riddle."""
+    f, channels = config.factor, config.in_channels
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"pictures must have shape (batch, {channels}, height, "
+                         f"width), not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"pictures must be floating in [-1, 1], not {x.dtype}")
+    if x.shape[2] % f or x.shape[3] % f or not x.numel():
+        raise ValueError(f"height and width must be multiples of {f}, not "
+                         f"{x.shape[2]} x {x.shape[3]}: crop or resize them")
+
+
+def _require_latents(z: torch.Tensor, config: VAEConfig) -> None:
+    """Explain wrong latents."""
+    channels = config.latent_channels
+    if z.ndim != 4 or z.shape[1] != channels or not z.numel():
+        raise ValueError(f"latents must have shape (batch, {channels}, height, width), "
+                         f"not {tuple(z.shape)}")
+
 # %% ../chapters/07_vae.ipynb #autoencoder
 class AutoencoderKL(Pretrained):
     """The autoencoder of latent diffusion (Rombach et al. 2022), as in diffusers."""
@@ -269,15 +297,7 @@ class AutoencoderKL(Pretrained):
         Raises ValueError for whole numbers, another rank or channel count, or sizes
         that f does not divide.
         """
-        f, channels = self.config.factor, self.config.in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"pictures must have shape (batch, {channels}, height, "
-                             f"width), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"pictures must be floating in [-1, 1], not {x.dtype}")
-        if x.shape[2] % f or x.shape[3] % f or not x.numel():
-            raise ValueError(f"height and width must be multiples of {f}, not "
-                             f"{x.shape[2]} x {x.shape[3]}: crop or resize them")
+        _require_pictures(x, self.config)
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -285,10 +305,7 @@ class AutoencoderKL(Pretrained):
 
         Not clamped. Raises ValueError for another rank or channel count.
         """
-        channels = self.config.latent_channels
-        if z.ndim != 4 or z.shape[1] != channels or not z.numel():
-            raise ValueError(f"latents must have shape (batch, {channels}, height, "
-                             f"width), not {tuple(z.shape)}")
+        _require_latents(z, self.config)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None
