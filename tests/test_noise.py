@@ -1,4 +1,4 @@
-"""sdlib.noise against diffusers (bit for bit), its known numbers, and bad input."""
+"""sdlib.noise against diffusers (bit for bit), its known numbers, properties, bad input."""
 
 import dataclasses
 import itertools
@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdlib.noise import (
     NoiseSchedule,
@@ -226,3 +228,113 @@ def test_bad_input_is_explained():
         rescale_zero_terminal_snr(linear_betas(1, 0.1, 0.2))
     with pytest.raises(ValueError, match=r"numbers in \(0, 1\]"):
         NoiseSchedule.from_betas(torch.tensor([0.1, 1.5]))
+
+
+# ------------------------------------------------- properties, for schedules of all kinds
+FEW = settings(max_examples=40, deadline=None, derandomize=True)
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+
+
+@st.composite
+def schedules(draw, smallest=1):
+    """Any schedule that a config can describe, computed in float32 or float64."""
+    kind, steps = draw(st.sampled_from(KINDS)), draw(st.integers(smallest, 300))
+    start = draw(st.floats(1e-4, 0.02))
+    end = draw(st.floats(start, 0.04))
+    rescale = steps > 1 and draw(st.booleans())
+    betas = make_betas(steps, start, end, kind, rescale).to(draw(DTYPES))
+    return NoiseSchedule.from_betas(betas)
+
+
+def tolerance(schedule, factor=16):
+    """Rounding grows with the number of factors in alpha-bar."""
+    return factor * EPS[schedule.betas.dtype] * (schedule.num_train_timesteps + 4)
+
+
+@FEW
+@given(schedules())
+def test_property_signal_falls_and_squares_add_to_one(schedule):
+    t = torch.arange(schedule.num_train_timesteps)
+    bar, a, s = schedule.alphas_cumprod, schedule.a(t), schedule.s(t)
+    assert bar.dtype == a.dtype == s.dtype == schedule.betas.dtype
+    assert ((bar >= 0) & (bar <= 1)).all()
+    assert (a.diff() <= 0).all() and (s.diff() >= 0).all()
+    assert (schedule.snr(t).diff() <= 0).all()
+    assert (a**2 + s**2 - 1).abs().max() <= tolerance(schedule)
+
+
+@FEW
+@given(schedules())
+def test_property_each_name_gives_back_the_others(schedule):
+    """alpha-bar from SNR, from sigma and from log-SNR; betas from alpha-bar."""
+    t = torch.arange(schedule.num_train_timesteps)
+    bar, snr, sigma = schedule.alphas_cumprod, schedule.snr(t), schedule.sigma(t)
+    tol = tolerance(schedule)
+    assert (snr / (1 + snr) - bar).abs().max() <= tol
+    assert (1 / (1 + sigma**2) - bar).abs().max() <= tol
+    assert (torch.sigmoid(snr.log()) - bar).abs().max() <= tol
+    keeps = torch.cat([bar[:1], bar[1:] / bar[:-1]])
+    assert (1 - keeps - schedule.betas).abs().max() <= tol
+
+
+@FEW
+@given(schedules(smallest=2), st.data())
+def test_property_two_jumps_are_one(schedule, data):
+    """Variances after x_0 -> x_r -> x_t are those of x_0 -> x_t."""
+    t = data.draw(st.integers(1, schedule.num_train_timesteps - 1))
+    r = data.draw(st.integers(0, t - 1))
+    ratio = schedule.alphas_cumprod[t] / schedule.alphas_cumprod[r]
+    variance = ratio * schedule.s(r) ** 2 + (1 - ratio)
+    tol = tolerance(schedule)
+    assert abs(float(ratio**0.5 * schedule.a(r) - schedule.a(t))) <= tol
+    assert abs(float(variance - schedule.s(t) ** 2)) <= tol
+
+
+@FEW
+@given(schedules(), st.integers(0, 10**6), st.integers(1, 5), DTYPES)
+def test_property_noising_can_be_inverted(schedule, seed, size, dtype):
+    """x_0 comes back from x_t and the noise; add_noise is linear in both."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(schedule.num_train_timesteps, (size,), generator=generator)
+    x0, noise = torch.randn(2, size, 2, 3, generator=generator, dtype=dtype)
+    xt = schedule.add_noise(x0, noise, t)
+    assert xt.shape == x0.shape and xt.dtype == dtype
+    a, s = scales(schedule, t, like=x0)
+    assert a.shape == (size, 1, 1)
+    tol = 16 * EPS[dtype] * (1 + float(x0.abs().max() + noise.abs().max()))
+    assert (a * x0 - (xt - s * noise)).abs().max() <= tol
+    doubled = schedule.add_noise(2 * x0, 2 * noise, t)
+    assert (doubled - 2 * xt).abs().max() <= 2 * tol
+    for row in range(size):  # each example has its own step, and only that
+        alone = schedule.add_noise(x0[row:row + 1], noise[row:row + 1], int(t[row]))
+        assert (alone[0] - xt[row]).abs().max() <= tol
+
+
+@FEW
+@given(st.integers(2, 300), st.floats(1e-4, 0.02), st.sampled_from(KINDS), DTYPES)
+def test_property_rescaling(steps, start, kind, dtype):
+    """Ends at exactly no signal, keeps the first step, ruins more in each other one."""
+    before = make_betas(steps, start, 2 * start, kind).to(dtype)
+    after = rescale_zero_terminal_snr(before)
+    assert after.dtype == dtype and after[-1] == 1
+    assert ((after > 0) & (after <= 1)).all()
+    slack = 64 * EPS[dtype]
+    assert abs(float(after[0] - before[0])) <= slack
+    assert (after[1:] >= before[1:] - slack).all()
+    twice = NoiseSchedule.from_betas(rescale_zero_terminal_snr(after))
+    once = NoiseSchedule.from_betas(after)
+    assert (twice.alphas_cumprod - once.alphas_cumprod).abs().max() <= tolerance(once)
+
+
+@FEW
+@given(schedules(), DTYPES)
+def test_property_precisions_agree(schedule, dtype):
+    """The same betas in float64 give the same scales, up to float32's rounding."""
+    t = torch.arange(schedule.num_train_timesteps)
+    other = NoiseSchedule.from_betas(schedule.betas.to(dtype))
+    coarse = max(EPS[dtype], EPS[schedule.betas.dtype])
+    tol = 4 * coarse * (schedule.num_train_timesteps + 4)
+    assert (other.alphas_cumprod - schedule.alphas_cumprod).abs().max() <= tol
+    # s^2 = 1 - alpha-bar loses digits where alpha-bar is near 1: compare the square
+    assert (other.s(t) ** 2 - schedule.s(t) ** 2).abs().max() <= 2 * tol
