@@ -1,4 +1,5 @@
-"""sdlib.ddpm against diffusers, against linear algebra without a library, and bad input."""
+"""sdlib.ddpm against diffusers, against linear algebra without a library, bad input, and
+properties that hold for any schedule, step, data and precision."""
 
 import itertools
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from helpers import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from sdlib.ddpm import (
@@ -233,3 +236,175 @@ def test_bad_input_is_explained():
         posterior(schedule, x0, xt, 500, earlier=500)
     with pytest.raises(ValueError, match=r"one per example, 6 of them"):
         posterior(schedule, x0, xt, T[:2])
+
+
+# -------------------------------------- properties: any schedule, step, data and precision
+FEW = settings(max_examples=30, deadline=None, derandomize=True)
+ROUNDING = {torch.float32: 2e-6, torch.float64: 4e-15}  # some units in the last place
+KINDS = st.sampled_from(PREDICTION_TYPES)
+CASES = st.builds(
+    lambda betas, seed, dtype: case(betas, seed, dtype),
+    st.lists(st.floats(1e-3, 0.5), min_size=3, max_size=10), st.integers(0, 10**6),
+    st.sampled_from(list(ROUNDING)))
+OUT = {"epsilon": predict_noise, "sample": predict_x0, "v_prediction": predict_v}
+
+
+def case(betas, seed, dtype):
+    """A schedule, data and noise in `dtype`, and for each example a step of its own."""
+    schedule = NoiseSchedule.from_betas(torch.tensor(betas, dtype=dtype))
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(len(betas), (4,), generator=generator)
+    x0, noise = torch.randn(2, 4, 3, 2, generator=generator, dtype=dtype)
+    return schedule, x0, noise, t
+
+
+def allowed(schedule, t, like):
+    """Rounding, enlarged by the division that a conversion may need: by a or by s."""
+    a, s = scales(schedule, t, like)
+    return ROUNDING[like.dtype] * float(torch.maximum(1 / a, 1 / s).max()) ** 2
+
+
+@FEW
+@given(CASES, KINDS, KINDS)
+def test_conversions_find_the_truth_from_any_target(drawn, kind, wanted):
+    schedule, x0, noise, t = drawn
+    xt = schedule.add_noise(x0, noise, t)
+    given_, truth = (training_target(schedule, x0, noise, t, k) for k in (kind, wanted))
+    answer = OUT[wanted](schedule, given_, xt, t, kind)
+    assert answer.dtype == x0.dtype and answer.shape == x0.shape
+    assert relative_error(answer, truth) < allowed(schedule, t, x0)
+
+
+@FEW
+@given(CASES, KINDS, KINDS, st.integers(0, 10**6))
+def test_conversions_invert_each_other_on_any_prediction(drawn, kind, through, seed):
+    """A network's answer is no truth: there and back must still change nothing."""
+    schedule, x0, noise, t = drawn
+    xt = schedule.add_noise(x0, noise, t)
+    prediction = torch.randn(x0.shape, dtype=x0.dtype,
+                             generator=torch.Generator().manual_seed(seed))
+    there = OUT[through](schedule, prediction, xt, t, kind)
+    back = OUT[kind](schedule, there, xt, t, through)
+    assert relative_error(back, prediction) < allowed(schedule, t, x0)
+    a, s = scales(schedule, t, xt)
+    mixed = (a * predict_x0(schedule, prediction, xt, t, kind)
+             + s * predict_noise(schedule, prediction, xt, t, kind))
+    assert relative_error(mixed, xt) < allowed(schedule, t, x0)
+
+
+@FEW
+@given(CASES)
+def test_velocity_is_a_rotation(drawn):
+    """|x_t|^2 + |v|^2 = |x_0|^2 + |noise|^2, number by number."""
+    schedule, x0, noise, t = drawn
+    xt = schedule.add_noise(x0, noise, t)
+    v = training_target(schedule, x0, noise, t, "v_prediction")
+    assert relative_error(xt**2 + v**2, x0**2 + noise**2) < ROUNDING[x0.dtype]
+
+
+@FEW
+@given(CASES, KINDS)
+def test_a_step_for_all_or_one_for_each_is_the_same(drawn, kind):
+    schedule, x0, noise, t = drawn
+    xt = schedule.add_noise(x0, noise, t)
+    for i in range(len(t)):
+        one = slice(i, i + 1)
+        for function in OUT.values():
+            assert torch.equal(function(schedule, noise, xt, t, kind)[one],
+                               function(schedule, noise[one], xt[one], int(t[i]), kind))
+        mean, variance = posterior(schedule, x0, xt, t)
+        alone = posterior(schedule, x0[one], xt[one], int(t[i]))
+        assert torch.equal(mean[one], alone[0])
+        assert torch.equal(variance[one].flatten(), alone[1].flatten())
+
+
+def bars(schedule, earlier, t, like):
+    """alpha-bar of the earlier step (1 before the first) and of t, and their ratio."""
+    now = schedule.alphas_cumprod[t].reshape(-1, 1, 1)
+    then = schedule.alphas_cumprod[earlier.clamp(min=0)].reshape(-1, 1, 1)
+    then = torch.where(earlier.reshape(-1, 1, 1) < 0, torch.ones_like(then), then)
+    return then, now
+
+
+def digits_left(schedule):
+    """Rounding in 1 - alpha-bar, which loses digits where it is small: 3e-4 at worst."""
+    return 2 * torch.finfo(schedule.betas.dtype).eps / float(schedule.betas[0])
+
+
+def misfits(coefficients, then, now):
+    """Errors of the three equations that fix the law of (x_earlier, x_t) given x_0.
+
+    The mean over x_t must be sqrt(then) x_0, the variance 1 - then, and the covariance
+    with x_t that of the chain.
+    """
+    k0, kt, variance = coefficients
+    return [float(error.abs().max()) for error in (
+        k0 + kt * now**0.5 - then**0.5,
+        variance + kt**2 * (1 - now) - (1 - then),
+        kt * (1 - now) - (now / then) ** 0.5 * (1 - then))]
+
+
+@FEW
+@given(CASES, st.integers(1, 4))
+def test_posterior_has_the_moments_of_the_chain(drawn, back):
+    schedule, x0, _, t = drawn
+    earlier = (t - back).clamp(min=-1)
+    then, now = bars(schedule, earlier, t, x0)
+    k0, kt, variance = posterior_coefficients(schedule, t, x0, earlier)
+    slack = digits_left(schedule)
+    assert max(misfits((k0, kt, variance), then, now)) < slack
+    assert (variance >= 0).all() and (variance <= 1 - then + slack).all()
+    assert (variance <= 1 - now / then + slack).all()  # beta-tilde <= beta
+
+
+@FEW
+@given(CASES, st.integers(1, 3), st.integers(1, 3))
+def test_two_posterior_steps_are_one(drawn, first, second):
+    """Back from t to m and from m to r, with the same x_0, is back from t to r."""
+    schedule, x0, _, t = drawn
+    m = (t - first).clamp(min=0)
+    t, m = t[t > m], m[t > m]  # where there is room for two steps
+    if len(t) == 0:
+        return
+    r, like = (m - second).clamp(min=-1), x0[:len(t)]
+    k0, kt, variance = posterior_coefficients(schedule, t, like, r)
+    k0a, kta, variance_a = posterior_coefficients(schedule, t, like, m)
+    k0b, ktb, variance_b = posterior_coefficients(schedule, m, like, r)
+    tol = 2 * digits_left(schedule)
+    for one, two in ((k0, k0b + ktb * k0a), (kt, ktb * kta),
+                     (variance, variance_b + ktb**2 * variance_a)):
+        assert float((one - two).abs().max()) < tol
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("name, wrong", [
+    ("swapped", lambda k0, kt, v: (kt, k0, v)),
+    ("2 % too far", lambda k0, kt, v: (1.02 * k0, kt, v)),
+    ("2 % too much trust", lambda k0, kt, v: (k0, 1.02 * kt, v)),
+    ("2 % too noisy", lambda k0, kt, v: (k0, kt, 1.02 * v)),
+])
+def test_wrong_coefficients_do_not_have_these_moments(dtype, name, wrong):
+    schedule, x0, _, _ = case([0.1, 0.3, 0.2, 0.4], 0, dtype)
+    t = torch.tensor([1, 2, 3, 3])
+    then, now = bars(schedule, t - 1, t, x0)
+    right = posterior_coefficients(schedule, t, x0)
+    assert max(misfits(right, then, now)) < digits_left(schedule)
+    assert max(misfits(wrong(*right), then, now)) > 1e-3
+
+
+NUMBERS, POSITIVE = st.floats(-5, 5), st.floats(0.01, 10)
+
+
+@FEW
+@given(NUMBERS, POSITIVE, NUMBERS, POSITIVE, st.sampled_from(list(ROUNDING)))
+def test_kl_is_a_distance_of_sorts(mean1, var1, mean2, var2, dtype):
+    """Never negative, 0 for equal laws, unchanged if both are moved and stretched."""
+    m1, v1, m2, v2 = (torch.tensor(x, dtype=dtype) for x in (mean1, var1, mean2, var2))
+    kl = gaussian_kl(m1, v1, m2, v2)
+    slack = ROUNDING[dtype] * (1 + float((v1 + (m1 - m2) ** 2) / v2))
+    assert kl.dtype == dtype and kl > -slack
+    assert abs(gaussian_kl(m1, v1, m1, v1)) < ROUNDING[dtype]
+    moved = gaussian_kl(3 * m1 - 1, 9 * v1, 3 * m2 - 1, 9 * v2)
+    assert abs(moved - kl) < 20 * slack
+    squared = (m1 - m2) ** 2 / (2 * v2)  # equal variances: a squared error
+    assert abs(gaussian_kl(m1, v2, m2, v2) - squared) < slack

@@ -114,4 +114,107 @@ def ex_03_5(beta, beta_small, f):
     return share * torch.log(beta) + (1 - share) * torch.log(beta_small)
 """, "did you return its logarithm"),
     ],
+    "03_6": [
+        ("""
+def ex_03_6(alphas_cumprod, t):
+    now, then = alphas_cumprod[t], alphas_cumprod[t - 1]
+    k0 = then**0.5 * (1 - now / then) / (1 - now)
+    kt = (now / then) ** 0.5 * (1 - then) / (1 - now)
+    return k0 / now**0.5 + kt, -k0 * (1 - now) ** 0.5 / now**0.5
+""", "the velocity needs no division"),
+        ("""
+def ex_03_6(alphas_cumprod, t):
+    now, then = alphas_cumprod[t], alphas_cumprod[t - 1]
+    k0 = then**0.5 * (1 - now / then) / (1 - now)
+    kt = (now / then) ** 0.5 * (1 - then) / (1 - now)
+    return kt, -k0 * (1 - now) ** 0.5
+""", "a_t k_0 is missing"),
+        ("""
+def ex_03_6(alphas_cumprod, t):
+    now, then = alphas_cumprod[t], alphas_cumprod[t - 1]
+    k0 = then**0.5 * (1 - now / then) / (1 - now)
+    kt = (now / then) ** 0.5 * (1 - then) / (1 - now)
+    return k0 * then**0.5 + kt, -k0 * (1 - then) ** 0.5
+""", "take those of t"),
+        ("""
+def ex_03_6(alphas_cumprod, t):
+    now, then = alphas_cumprod[t], alphas_cumprod[t - 1]
+    k0 = then**0.5 * (1 - now / then) / (1 - now)
+    kt = (now / then) ** 0.5 * (1 - then) / (1 - now)
+    return k0 * now**0.5 + kt, k0 * (1 - now) ** 0.5
+""", "*minus* s v"),
+        ("""
+def ex_03_6(alphas_cumprod, t):
+    now, then = alphas_cumprod[t], alphas_cumprod[t - 1]
+    k0 = then**0.5 * (1 - now / then) / (1 - now)
+    kt = (now / then) * (1 - then) / (1 - now)
+    return k0 * now**0.5 + kt, -k0 * (1 - now) ** 0.5
+""", "in front of x_t should stand"),
+    ],
+    "03_7": [
+        ("""
+def ex_03_7(beta, xt, g, h):
+    b = beta / (1 - beta)
+    return xt / (1 - beta) ** 0.5 + b * g, b + b**2 * h
+""", "with respect to u"),
+        ("""
+def ex_03_7(beta, xt, g, h):
+    alpha = 1 - beta
+    return (xt - beta * g) / alpha**0.5, beta * (1 - beta * h) / alpha
+""", "the mean goes *up* the slope"),
+        ("""
+def ex_03_7(beta, xt, g, h):
+    alpha = 1 - beta
+    return (xt + beta * g) / alpha**0.5, beta / alpha
+""", "the exact variance has a term with h"),
+        ("""
+def ex_03_7(beta, xt, g, h):
+    alpha = 1 - beta
+    return (xt + beta * g) / alpha**0.5, beta / alpha + (beta / alpha) ** 2 * h
+""", "the chain rule, twice"),
+        ("""
+def ex_03_7(beta, xt, g, h):
+    return xt + beta * g, beta + beta**2 * h
+""", "the mean should be"),
+    ],
+    "03_8": [
+        ("""
+def ex_03_8(snr, c):
+    return ((snr[:-1] - snr[1:]) * c / (1 + c * snr[1:])).sum()
+""", "the half in front"),
+        ("""
+def ex_03_8(snr, c):
+    return ((snr[:-1] - snr[1:]) * c / (1 + c * snr[:-1])).sum() / 2
+""", "not at SNR_{t-1}"),
+        ("""
+def ex_03_8(snr, c):
+    return ((snr[:-1] - snr[1:]) * c).sum() / 2
+""", "before anything is seen"),
+        ("""
+def ex_03_8(snr, c):
+    return ((snr[:-1] - snr[1:]) / (1 + snr[1:])).sum() / 2
+""", "here the variance is c"),
+        ("""
+def ex_03_8(snr, c):
+    return torch.log((1 + c * snr[0]) / (1 + c * snr[-1])) / 2
+""", "the sum is"),
+    ],
+    "03_9": [
+        ("""
+def ex_03_9(log_y):
+    return log_y.mean()
+""", "is the ELBO again"),
+        ("""
+def ex_03_9(log_y):
+    return torch.logsumexp(log_y.flatten(), 0) - math.log(log_y.numel())
+""", "do it within each group"),
+        ("""
+def ex_03_9(log_y):
+    return torch.logsumexp(log_y, dim=1).mean()
+""", "log K too much"),
+        ("""
+def ex_03_9(log_y):
+    return log_y.exp().mean(dim=1).log().mean()
+""", "exp(-20,000) is 0"),
+    ],
 }
