@@ -1,6 +1,7 @@
 """Runs: resumed bit for bit after a kill, never half written, clear about what is wrong."""
 
 import dataclasses
+import math
 import os
 import resource
 import signal
@@ -17,7 +18,8 @@ from sdlib import training
 from sdlib.batches import keyed_generator, keyed_noise
 from sdlib.runs import TrainingConfig, learning_rate, read_config, settle_config
 from sdlib.storage import read_weights
-from sdlib.tasks import snr_weight
+from sdlib.scenes import PLACES, SPRITES
+from sdlib.tasks import CLIPOptions, CLIPTask, snr_weight
 from sdlib.training import EMA, checkpoints, train
 
 ROOT = Path(__file__).parents[1]
@@ -232,6 +234,20 @@ def test_snr_weight_bounds_the_weight_of_x0():
     weight = snr_weight(snr, 5.0)
     torch.testing.assert_close(weight[:3], torch.ones(3))
     torch.testing.assert_close((weight * (snr + 1))[3:], torch.full((2,), 6.0))
+
+
+def test_lessons_come_first_and_teach_the_pictures_only(tmp_path):
+    task = CLIPTask(CLIPOptions(tokenizer_captions=200, negatives=2, lessons=8), 0, tmp_path,
+                    torch.device("cpu"))
+    lesson, figures = task.loss(torch.arange(8), "train")
+    guess = math.log(len(PLACES)) + math.log(len(SPRITES))
+    assert abs(lesson.item() - guess) < 3 and figures == {}
+    lesson.backward()
+    assert all(p.grad is None for p in task.module.text_model.parameters())
+    table = task.module.vision_model.embeddings.position_embedding.weight
+    assert table.grad.abs().sum() > 0
+    for samples, split in ((torch.arange(8, 12), "train"), (torch.arange(4), "valid")):
+        assert "beats_near_misses" in task.loss(samples, split)[1]
 
 
 def test_precision_is_measured_once_and_then_recorded(tmp_path, run, monkeypatch):
