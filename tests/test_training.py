@@ -17,8 +17,8 @@ import yaml
 from sdlib import training
 from sdlib.batches import keyed_generator, keyed_noise
 from sdlib.runs import TrainingConfig, learning_rate, read_config, settle_config
-from sdlib.storage import read_weights
 from sdlib.scenes import PLACES, SPRITES
+from sdlib.storage import read_weights
 from sdlib.tasks import CLIPOptions, CLIPTask, snr_weight
 from sdlib.training import EMA, checkpoints, train
 
