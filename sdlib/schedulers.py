@@ -15,9 +15,10 @@ from pathlib import Path
 
 from .chain_schedulers import (DDIMConfig, DDIMScheduler, DDPMConfig,
                                     DDPMScheduler, LCMConfig, LCMScheduler)
-from .multistep_schedulers import (
-    DPMSolverMultistepConfig, DPMSolverMultistepScheduler, PNDMConfig, PNDMScheduler,
-    UniPCMultistepConfig, UniPCMultistepScheduler)
+from sdlib.multistep_schedulers import (
+    DPMSolverMultistepConfig, DPMSolverMultistepScheduler, UniPCMultistepConfig,
+    UniPCMultistepScheduler)
+from .pndm_scheduler import PNDMConfig, PNDMScheduler
 from .scheduler_base import Scheduler, SchedulerConfig, SchedulerFiles
 from .sigma_schedulers import (
     EulerAncestralDiscreteConfig, EulerAncestralDiscreteScheduler, EulerDiscreteConfig,

@@ -59,7 +59,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
         slope = (x - estimate.x0) / now.s
         return ancestral_step(x, slope, now, then, draw())
 
-# %% ../chapters/11_schedulers.ipynb #heun-scheduler
+# %% ../chapters/11_schedulers.ipynb #heun-config
 @dataclasses.dataclass(frozen=True)
 class HeunDiscreteConfig(SigmaConfig):
     """Settings of Heun's method."""
@@ -71,7 +71,7 @@ class HeunDiscreteConfig(SigmaConfig):
 
     ABSENT: ClassVar[dict[str, str]] = NO_ZERO_SNR
 
-
+# %% ../chapters/11_schedulers.ipynb #heun-scheduler
 class HeunDiscreteScheduler(SigmaScheduler):
     """Heun's method (Karras et al. 2022, algorithm 1): `timesteps` (2 n - 1,).
 

@@ -24,7 +24,8 @@ def spaced_timesteps(num_train_timesteps: int, num_inference_steps: int, spacing
     diffusers; with `whole` False "linspace" is not rounded, and all are float32.
     Raises ValueError if n is not in 1..T, or the offset leads beyond T - 1.
     """
-    total, n = num_train_timesteps, check_steps(num_inference_steps, num_train_timesteps)
+    total = num_train_timesteps
+    n = check_steps(num_inference_steps, total)
     if spacing == "linspace":
         steps = np.linspace(0, total - 1, n)[::-1]
         steps = steps.round() if whole else steps

@@ -13,6 +13,7 @@ from helpers import relative_error
 from sdlib import (
     chain_schedulers,
     multistep_schedulers,
+    pndm_scheduler,
     schedulers,
     sigma_base,
     sigma_schedulers,
@@ -213,6 +214,23 @@ def test_half_precision_answers():
         assert relative_error(got, want) < 1e-2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ABLE)
+def test_same_noise_same_way_on_a_gpu(name):
+    """A seed on the CPU means the same samples wherever the network runs."""
+    ends = []
+    for device in ("cpu", "cuda"):
+        scheduler = getattr(schedulers, name)(**SD)
+        scheduler.set_timesteps(10, device=device)
+        g = torch.Generator().manual_seed(1)
+        x = (draws(1)[0] * float(scheduler.init_noise_sigma)).to(device)
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.tanh(seen + t / 1000), t, x, generator=g)
+        ends.append(x.cpu())
+    assert relative_error(ends[1], ends[0]) < 1e-4
+
+
 # ------------------------------------------------------------------ strength, previews
 @pytest.mark.parametrize("name", ABLE)
 def test_strength_as_in_image_to_image(name):
@@ -394,15 +412,13 @@ def planted(module, name, old, new):
     return space[name]
 
 
-HOME = {"PNDMSteps": multistep_schedulers, "LCMScheduler": chain_schedulers,
-        "SigmaScheduler": sigma_base, "lcm_timesteps": chain_schedulers}
 TRAPS = [
     ("EulerDiscreteScheduler", sigma_base, "follow", "then.s / then.a - now.s / now.a",
      "0.999 * then.s / then.a - now.s / now.a"),
     ("HeunDiscreteScheduler", sigma_schedulers, "follow", "x / now.a", "0.999 * x / now.a"),
     ("LMSDiscreteScheduler", sigma_schedulers, "lms_weights", "3**0.5, middle + half / 3",
      "3**0.5, middle + half / 3.05"),
-    ("PNDMScheduler", multistep_schedulers, "adams_bashforth", "len(slopes) - 1", "0"),
+    ("PNDMScheduler", pndm_scheduler, "adams_bashforth", "len(slopes) - 1", "0"),
     ("EulerAncestralDiscreteScheduler", sigma_schedulers, "ancestral_step",
      "there**2 - up**2", "there**2 - 0.999 * up**2"),
     ("DPMSolverMultistepScheduler", multistep_schedulers, "extrapolate", "/ 2", "/ 2.01"),
@@ -422,12 +438,12 @@ def test_a_wrong_coefficient_is_noticed(monkeypatch, name, module, function, old
     assert compare(pair, 10, name in NOISY or settings == SDE) > 10 * TOL
 
 
-LCM_TRAPS = [("0.25 / (time**2 + 0.25)", "0.5 / (time**2 + 0.25)", 1e-9),
-             ("then.a * x0 + then.s * noise", "then.a * x0 + then.s2 * noise", TOL)]
+LCM_TRAPS = [("0.25 / (time**2 + 0.25)", "0.5 / (time**2 + 0.25)"),
+             ("then.a * x0 + then.s * noise", "then.a * x0 + then.s2 * noise")]
 
 
-@pytest.mark.parametrize("old,new,least", LCM_TRAPS)
-def test_a_wrong_lcm_is_noticed(monkeypatch, old, new, least):
+@pytest.mark.parametrize("old,new", LCM_TRAPS)
+def test_a_wrong_lcm_is_noticed(old, new):
     wrong = planted(chain_schedulers, "LCMScheduler", old, new)
     pair = wrong(timestep_scaling=0.01), diffusers.LCMScheduler(timestep_scaling=0.01)
     assert compare(pair, 4, noisy=True) > 10 * TOL
