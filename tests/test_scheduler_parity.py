@@ -66,12 +66,14 @@ def walk(ours, theirs, start=0, stop=None, noisy=False):
     times, worst = theirs.timesteps[start:stop], 0.0
     answers, (x, clean) = draws(len(theirs.timesteps)), draws(2, seed=1)
     x = x * float(theirs.init_noise_sigma)
-    if not start and hasattr(theirs, "set_begin_index"):
-        theirs.set_begin_index(0)        # else a repeated first time would be left out
-    if start:
+    alone = theirs.order == 2 or theirs.timesteps.tolist().count(times[0]) == 1
+    if start and alone:                  # as image to image starts: found by its time
         mine = ours.add_noise(clean, x, ours.timesteps[start:start + 1])
         x = theirs.add_noise(clean, x, times[:1])
         worst = relative_error(mine, x)
+    elif hasattr(theirs, "set_begin_index"):     # equal times cannot be told apart
+        theirs.set_begin_index(start)
+        ours.index = start or None
     for k, t in enumerate(times, start):
         own_t, extra = ours.timesteps[k], [{}, {}]
         mine = ours.scale_model_input(x, own_t)
@@ -89,16 +91,10 @@ def walk(ours, theirs, start=0, stop=None, noisy=False):
 
 def windows(times: list, order: int = 1):
     """(start, stop) of the stretches to walk: of a long run both ends and the middle."""
-    def first(k):                        # equal times, of rounding, cannot be told apart
-        k = k // order * order
-        while order == 1 and k and times.count(times[k]) > 1:
-            k -= 1
-        return k
-
-    n, middle = len(times), first(len(times) // 2)
+    n, middle = len(times), len(times) // 2 // order * order
     if n <= 20:
         return [(0, None)] + [(middle, None)] * (n > 5)
-    return [(0, 5), (middle, middle + 5), (first(n - 2), None)]
+    return [(0, 5), (middle, middle + 5), ((n - 2) // order * order, None)]
 
 
 def compare(pair, n, noisy=False):
