@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Generators', 'Denoiser', 'Level', 'make_level', 'make_levels', 'fresh_variance', 'posterior_variance', 'Estimate',
-           'make_estimate', 'NetworkDenoiser', 'draw_noise', 'ddpm_step', 'sample_ddpm', 'ddim_step', 'sample_ddim']
+           'make_estimate', 'NetworkDenoiser', 'draw_noise', 'ddpm_step', 'sample_ddpm', 'ddim_step', 'sample_ddim',
+           'SigmaLevel']
 
 # %% ../chapters/11_schedulers.ipynb #samplers-imports
 import dataclasses
@@ -99,8 +100,7 @@ def make_estimate(prediction: torch.Tensor, x: torch.Tensor, level: Level,
     Raises ValueError for an unknown `prediction_type`, and for "epsilon" where no
     signal is left (a = 0), unless clipped: there the noise does not tell what x0 is.
     """
-    scale = level.scale                  # networks are trained where a^2 + s^2 = 1
-    x, a, s = x / scale, level.a / scale, level.s / scale
+    a, s = level.a, level.s
     if prediction_type == "epsilon":
         if clip is None and a == 0:
             raise ValueError("prediction_type 'epsilon' cannot start from pure noise "
@@ -109,6 +109,8 @@ def make_estimate(prediction: torch.Tensor, x: torch.Tensor, level: Level,
     elif prediction_type == "sample":
         x0, noise = prediction, (x - a * prediction) / s
     elif prediction_type == "v_prediction":
+        scale = level.scale              # networks are trained where a^2 + s^2 = 1
+        x, a, s = x / scale, a / scale, s / scale
         x0, noise = a * x - s * prediction, a * prediction + s * x
     else:
         raise ValueError(f"unknown prediction_type {prediction_type!r}: choose one of "
@@ -207,3 +209,26 @@ def sample_ddim(denoise: Denoiser, x: torch.Tensor, levels: list[Level],
         noise = draw_noise(x, generator) if eta > 0 else 0.0
         x = ddim_step(denoise(x, now), now, then, eta, noise)
         yield x
+
+# %% ../chapters/11_schedulers.ipynb #sigma-level
+class SigmaLevel(Level):
+    """A variance-preserving level, made from its noise-to-signal ratio `sigma`.
+
+    Its scales are computed from sigma, not from the squares: to the last bit those of
+    diffusers, on which the coefficients of the higher solvers depend.
+    """
+
+    def __init__(self, sigma: torch.Tensor, t: int | float | None = None):
+        a = 1 / (sigma**2 + 1) ** 0.5
+        super().__init__(a**2, (sigma * a) ** 2, t)
+        object.__setattr__(self, "scales", (a, sigma * a))     # the class is frozen
+
+    @property
+    def a(self) -> torch.Tensor:
+        """Signal scale."""
+        return self.scales[0]
+
+    @property
+    def s(self) -> torch.Tensor:
+        """Noise scale."""
+        return self.scales[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from sdlib import samplers, schedulers
+from sdlib import chain_schedulers, samplers, scheduler_base, schedulers
 from sdlib.ddpm import posterior
 from sdlib.noise import NoiseSchedule
 from sdlib.samplers import (
@@ -230,7 +230,8 @@ TRAPS = [
 @pytest.mark.parametrize("name,old,new", TRAPS)
 def test_ddim_notices(monkeypatch, name, old, new):
     wrong = planted(getattr(samplers, name), old, new)
-    monkeypatch.setattr(schedulers, name, wrong)
+    home = scheduler_base if name == "make_estimate" else chain_schedulers
+    monkeypatch.setattr(home, name, wrong)
     x, prediction, noise = tensors(2, 3, 4, 5)
     worst = 0.0
     for kind in TYPES:
@@ -253,7 +254,8 @@ DDPM_TRAPS = [
 
 @pytest.mark.parametrize("name,old,new", DDPM_TRAPS)
 def test_ddpm_notices(monkeypatch, name, old, new):
-    monkeypatch.setattr(schedulers, name, planted(getattr(samplers, name), old, new))
+    wrong = planted(getattr(samplers, name), old, new)
+    monkeypatch.setattr(chain_schedulers, name, wrong)
     x, prediction, _ = tensors(2, 3, 4, 5)
     ours, theirs = both("DDPMScheduler", **SD)
     ours.set_timesteps(10)
@@ -312,12 +314,15 @@ SD15_FILE = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5
     "trained_betas": None, "clip_sample": False}
 
 
-def test_sd15_file_is_refused_with_the_way_out(tmp_path):
+def test_a_file_of_another_class_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(SD15_FILE))
-    for load in (load_scheduler, DDIMScheduler.from_pretrained):
-        with pytest.raises(ValueError, match=r"PNDMScheduler.*not in sdlib yet.*"
-                                             r"DDIMScheduler\.from_config"):
-            load(tmp_path)
+    with pytest.raises(ValueError, match=r"PNDMScheduler \(use PNDMScheduler.*"
+                                         r"DDIMScheduler\.from_config"):
+        DDIMScheduler.from_pretrained(tmp_path)
+    unknown = SD15_FILE | {"_class_name": "TomorrowScheduler"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(unknown))
+    with pytest.raises(ValueError, match=r"TomorrowScheduler \(not in sdlib\)"):
+        load_scheduler(tmp_path)
     ours = DDIMScheduler.from_config(SD15_FILE)
     theirs = diffusers.DDIMScheduler.from_config(SD15_FILE)
     assert ours.config == DDIMConfig.sd15()

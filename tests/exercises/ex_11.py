@@ -83,20 +83,129 @@ def ex_11_5(denoise, x, levels):
         ("""
 def ex_11_5(denoise, x, levels):
     for now, then in pairwise(levels):
-        first = denoise(x, now)
-        second = denoise(ddim_step(first, now, then), then)
-        x = x + (then.s / then.a - now.s / now.a) * (first.noise + second.noise) / 2
+        start = denoise(x, now)
+        end = denoise(ddim_step(start, now, then), then)
+        x = follow(x, (start.noise + end.noise) / 2, now, then)
     return x
-""", "step in y = x / a"),
+""", "that is Heun's method"),
         ("""
 def ex_11_5(denoise, x, levels):
     for now, then in pairwise(levels):
-        first = denoise(x, now)
-        step = then.s / then.a - now.s / now.a
-        y = x / now.a + step * first.noise
-        second = denoise(y, then)
-        x = then.a * (x / now.a + step * (first.noise + second.noise) / 2)
+        middle = SigmaLevel((now.s / now.a + then.s / then.a) / 2)
+        half = ddim_step(denoise(x, now), now, middle)
+        x = follow(x, denoise(half / middle.a, middle).noise, now, then)
     return x
 """, "wants x = a y"),
+        ("""
+def ex_11_5(denoise, x, levels):
+    for now, then in pairwise(levels):
+        middle = SigmaLevel((now.s / now.a + then.s / then.a) / 2)
+        half = ddim_step(denoise(x, now), now, middle)
+        slope = denoise(half, middle).noise
+        x = then.a * (half / middle.a + (then.s / then.a - now.s / now.a) * slope)
+    return x
+""", "starts at the start"),
+    ],
+    "11_6": [
+        ("""
+def ex_11_6(here, before, end):
+    return 1.5 * (end - here), -0.5 * (end - here)
+""", "equal distances"),
+        ("""
+def ex_11_6(here, before, end):
+    h, middle = here - end, (here + end) / 2
+    return (h * (middle - before) / (here - before),
+            h * (middle - here) / (before - here))
+""", "sigma falls"),
+        ("""
+def ex_11_6(here, before, end):
+    h, middle = end - here, (here + end) / 2
+    return (h * (middle - here) / (before - here),
+            h * (middle - before) / (here - before))
+""", "comes first"),
+        ("""
+def ex_11_6(here, before, end):
+    h, middle = end - here, (here + end) / 2
+    return h * (middle - before), h * (middle - here)
+""", "must give end - here"),
+    ],
+    "11_7": [
+        ("""
+def ex_11_7(first, last, n):
+    return np.linspace(first, last, n).tolist()
+""", "even in sigma itself"),
+        ("""
+def ex_11_7(first, last, n):
+    return (np.linspace(first**7, last**7, n) ** (1 / 7)).tolist()
+""", "wrong way round"),
+        ("""
+def ex_11_7(first, last, n):
+    return (np.linspace(last ** (1 / 7), first ** (1 / 7), n) ** 7).tolist()
+""", "falling"),
+        ("""
+def ex_11_7(first, last, n):
+    return np.exp(np.linspace(np.log(first), np.log(last), n)).tolist()
+""", "exponential levels"),
+    ],
+    "11_8": [
+        ("""
+def ex_11_8(x, x0, earlier, before, now, then):
+    l1, l2 = (torch.log(level.a / level.s) for level in (now, then))
+    return then.s / now.s * x + then.a * (1 - torch.exp(l1 - l2)) * x0
+""", "the earlier estimate is not used"),
+        ("""
+def ex_11_8(x, x0, earlier, before, now, then):
+    l0, l1, l2 = (torch.log(level.a / level.s) for level in (before, now, then))
+    d = x0 + (l2 - l1) / (l1 - l0) * (x0 - earlier)
+    return then.s / now.s * x + then.a * (1 - torch.exp(l1 - l2)) * d
+""", "half of h"),
+        ("""
+def ex_11_8(x, x0, earlier, before, now, then):
+    l0, l1, l2 = (torch.log(level.a / level.s) for level in (before, now, then))
+    d = x0 + (l1 - l0) / (l2 - l1) / 2 * (x0 - earlier)
+    return then.s / now.s * x + then.a * (1 - torch.exp(l1 - l2)) * d
+""", "upside down"),
+        ("""
+def ex_11_8(x, x0, earlier, before, now, then):
+    l0, l1, l2 = (level.s / level.a for level in (before, now, then))
+    d = x0 + (l2 - l1) / (l1 - l0) / 2 * (x0 - earlier)
+    return then.s / now.s * x + then.a * (1 - l2 / l1) * d
+""", "straight in lambda"),
+    ],
+    "11_9": [
+        ("""
+def ex_11_9(here, there, eta):
+    up = eta * (here**2 - there**2) ** 0.5
+    return abs(there**2 - up**2) ** 0.5, up
+""", "the posterior's is smaller"),
+        ("""
+def ex_11_9(here, there, eta):
+    up = eta * there * (here**2 - there**2) ** 0.5 / here
+    return there, up
+""", "go down below"),
+        ("""
+def ex_11_9(here, there, eta):
+    up = there * (here**2 - there**2) ** 0.5 / here
+    return (there**2 - up**2) ** 0.5, eta * up
+""", "low depends on eta"),
+        ("""
+def ex_11_9(here, there, eta):
+    up = eta**0.5 * there * (here**2 - there**2) ** 0.5 / here
+    return (there**2 - up**2) ** 0.5, up
+""", "not its square"),
+    ],
+    "11_10": [
+        ("""
+def ex_11_10(n):
+    return exponential_sigmas(14.6, 0.03, n + 1).tolist()
+""", "even steps in log sigma have"),
+        ("""
+def ex_11_10(n):
+    return karras_sigmas(14.6, 0.03, n + 1).tolist()
+""", "your error is"),
+        ("""
+def ex_11_10(n):
+    return exponential_sigmas(14.6, 0.03, n).tolist()
+""", "levels, not"),
     ],
 }
