@@ -65,11 +65,11 @@ class ForwardProcess:
 # %% ../chapters/02_forward_process.ipynb #scales
 def alpha_bar_like(process: ForwardProcess, t: torch.Tensor | int,
                    like: torch.Tensor) -> torch.Tensor:
-    """alpha-bar_t shaped (B, 1, ..., 1), to multiply `like` (B, ...).
+    """alpha-bar_t shaped (B, 1, ..., 1), to multiply `like` (B, ...); 1s for an int t.
 
-    In the more precise of the schedule's and `like`'s precision, so never in half
-    precision: 1 - 0.9991 in bfloat16 is 0. Raises ValueError if t is a tensor that
-    does not hold one number per example.
+    In the more precise of the schedule's and `like`'s precision: with a schedule in
+    float32, as built, never in half precision, where 1 - 0.9991 is 0. Raises
+    ValueError if t is a tensor that does not hold one number per example.
     """
     t = torch.as_tensor(t, device=process.alphas_cumprod.device)
     if t.ndim > 1 or (t.ndim == 1 and t.shape != like.shape[:1]):
@@ -82,7 +82,7 @@ def alpha_bar_like(process: ForwardProcess, t: torch.Tensor | int,
 
 def scales(process: ForwardProcess, t: torch.Tensor | int,
            like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a_t and s_t, shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
+    """a_t and s_t, shaped and in the precision of `alpha_bar_like`."""
     alpha_bar = alpha_bar_like(process, t, like)
     return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
@@ -186,7 +186,11 @@ class NoiseSchedule(ForwardProcess):
         return cls.from_config(rescale_betas_zero_snr=True)
 
     def to(self, *args, **kwargs) -> "NoiseSchedule":
-        """A copy on another device or in another precision, as `torch.Tensor.to`."""
+        """A copy on another device or in another precision, as `torch.Tensor.to`.
+
+        Not meant for half precision: bfloat16 rounds the first alpha-bars to 1. Leave
+        the schedule in float32; the data may be in half precision.
+        """
         return type(self)(*(getattr(self, field.name).to(*args, **kwargs)
                             for field in dataclasses.fields(self)))
 

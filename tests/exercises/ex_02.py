@@ -27,6 +27,11 @@ def ex_02_2(alphas_cumprod, xr, noise, r, t):
 """, "that is for a start at x_0"),
         ("""
 def ex_02_2(alphas_cumprod, xr, noise, r, t):
+    ratio = alphas_cumprod[t - 1] / alphas_cumprod[r - 1]
+    return ratio**0.5 * xr + (1 - ratio) ** 0.5 * noise
+""", "you counted r and t from 1"),
+        ("""
+def ex_02_2(alphas_cumprod, xr, noise, r, t):
     ratio = alphas_cumprod[t] / alphas_cumprod[r]
     return ratio * xr + (1 - ratio) * noise
 """, "the *root* of the ratio"),
@@ -45,7 +50,7 @@ def ex_02_2(alphas_cumprod, xr, noise, r, t):
     "02_3": [
         ("""
 def ex_02_3(log_snr):
-    return 1 - torch.sigmoid(log_snr)
+    return 1 - torch.sigmoid(log_snr.float())
 """, "beta_t is what step t alone adds"),
         ("""
 def ex_02_3(log_snr):
@@ -60,7 +65,7 @@ def ex_02_3(log_snr):
         ("""
 def ex_02_3(log_snr):
     bar = torch.sigmoid(log_snr)
-    return 1 - torch.cat([bar[:1] / bar[:1] * 0.9, bar[1:] / bar[:-1]])
+    return (1 - torch.cat([bar[:1] / bar[:1] * 0.9, bar[1:] / bar[:-1]])).float()
 """, "after the first step the log-SNR should be 5"),
         ("""
 def ex_02_3(log_snr):
@@ -72,7 +77,7 @@ def ex_02_3(log_snr):
     "02_4": [
         ("""
 def ex_02_4(betas):
-    return (1 - torch.cumprod(1 - betas, 0)) ** 0.5
+    return (1 - torch.cumprod(1 - betas.float(), 0)) ** 0.5
 """, "scales s_t for *independent* noise"),
         ("""
 def ex_02_4(betas):
@@ -89,10 +94,10 @@ def ex_02_4(betas):
         ("""
 def ex_02_4(betas):
     n, out = 0.0, []
-    for beta in betas:
+    for beta in betas.tolist():
         n = (1 - beta) * n + beta**0.5
         out.append(n)
-    return torch.stack(out)
+    return torch.tensor(out)  # float32
 """, "at the end the scale should be"),
     ],
     "02_5": [
@@ -108,11 +113,11 @@ def ex_02_5(betas):
         ("""
 def ex_02_5(betas):
     bar = torch.cumprod(1 - betas, 0)
-    return (betas * bar[-1] / bar) ** 0.5
+    return ((betas * bar[-1] / bar) ** 0.5).tolist()
 """, "these are the noise *scales*"),
         ("""
 def ex_02_5(betas):
-    return betas
+    return betas.float()
 """, "the shares should add up to"),
     ],
     "02_6": [
@@ -154,14 +159,14 @@ def ex_02_7(x0, y0, alpha_bar):
     "02_8": [
         ("""
 def ex_02_8(betas, n):
-    bar = torch.cumprod(1 - betas, 0)
+    bar = torch.cumprod(1 - betas.float(), 0)
     snr = bar / (1 - bar) / n
     bar = snr / (1 + snr)
     return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 """, "a block has n^2 pixels"),
         ("""
 def ex_02_8(betas, n):
-    return betas * n**2
+    return betas.float() * n**2
 """, "n^2 times the noise in each step"),
         ("""
 def ex_02_8(betas, n):
@@ -197,7 +202,7 @@ def ex_02_9(share):
     "02_10": [
         ("""
 def ex_02_10(power, counts, steps, high, low):
-    return torch.linspace(high, low, steps, dtype=torch.float64)
+    return torch.linspace(high, low, steps)
 """, "this is an even log-SNR"),
         ("""
 def ex_02_10(power, counts, steps, high, low):
