@@ -21,8 +21,9 @@ def posterior_coefficients(
     """k0, kt, variance of q(x_earlier | x_t, x_0) = N(k0 x_0 + kt x_t, variance).
 
     `earlier` (default t - 1) is a step before t; -1 means the clean x_0, where the
-    answer is 1, 0, 0. All shaped (B, 1, ..., 1) to multiply `like` (B, ...).
-    Ho et al. (2020), equation 7. Raises ValueError unless -1 <= earlier < t.
+    answer is 1, 0, 0. All shaped (B, 1, ..., 1) to multiply `like` (B, ...), or with
+    a single entry for a single t. Ho et al. (2020), equation 7. Raises ValueError
+    unless -1 <= earlier < t (not checked on a GPU, which would wait).
     """
     t = torch.as_tensor(t, device=process.betas.device)
     earlier = t - 1 if earlier is None else torch.as_tensor(earlier, device=t.device)
@@ -84,7 +85,11 @@ def predict_x0(process: ForwardProcess, prediction: torch.Tensor, xt: torch.Tens
 # %% ../chapters/03_reverse_process.ipynb #predict-noise
 def predict_noise(process: ForwardProcess, prediction: torch.Tensor, xt: torch.Tensor,
                   t: torch.Tensor | int, prediction_type: str) -> torch.Tensor:
-    """The noise epsilon (B, ...) that a network's `prediction` at x_t stands for."""
+    """The noise epsilon (B, ...) that a network's `prediction` at x_t stands for.
+
+    From "sample" it divides by s_t. Raises ValueError for an unknown
+    `prediction_type`.
+    """
     _check_type(prediction_type)
     a, s = scales(process, t, xt)
     if prediction_type == "epsilon":
@@ -98,7 +103,8 @@ def predict_v(process: ForwardProcess, prediction: torch.Tensor, xt: torch.Tenso
               t: torch.Tensor | int, prediction_type: str) -> torch.Tensor:
     """The velocity v = a epsilon - s x_0 (B, ...) that `prediction` stands for.
 
-    From "epsilon" it divides by a_t, as `predict_x0`.
+    From "epsilon" it divides by a_t, as `predict_x0`; from "sample" by s_t. Raises
+    ValueError for an unknown `prediction_type`.
     """
     _check_type(prediction_type)
     a, s = scales(process, t, xt)

@@ -24,8 +24,16 @@ def ex_03_1(m1, v1, m2, v2):
 """, "the plain average of the means"),
         ("""
 def ex_03_1(m1, v1, m2, v2):
-    return (m1 / v1 + m2 / v2) / (1 / v1 + 1 / v2), 1 / v1 + 1 / v2 + 0.1
-""", "the variance should be 1 / (1/0.5 + 1/2)"),
+    return (m1 / v1 + m2 / v2) / (1 / v1 + 1 / v2), 1 / v1 + 1 / v2
+""", "that is the precision"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return (m1 / v1 + m2 / v2) / (1 / v1 + 1 / v2), (v1 * v2) ** 0.5
+""", "the variance should be 1 / (1/0.5 + 1/3)"),
+        ("""
+def ex_03_1(m1, v1, m2, v2):
+    return m1 / v1 + m2 / v2, v1 * v2 / (v1 + v2)
+""", "the mean should be 1.2857"),
     ],
     "03_2": [
         ("""
@@ -88,6 +96,14 @@ def ex_03_4(c, xt, a, s):
 def ex_03_4(c, xt, a, s):
     return s / (a**2 * c**2 + s**2) * xt
 """, "c is a variance already"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return s / (a**2 * c + s**2)
+""", "multiply the factor by x_t"),
+        ("""
+def ex_03_4(c, xt, a, s):
+    return torch.tensor(s / (a**2 * c + s**2)).expand(xt.shape)
+""", "the same factor for every number"),
         ("""
 def ex_03_4(c, xt, a, s):
     return s / (a * c + s) * xt
