@@ -186,7 +186,7 @@ class NoiseSchedule(ForwardProcess):
         return cls.from_config(rescale_betas_zero_snr=True)
 
     def to(self, *args, **kwargs) -> "NoiseSchedule":
-        """A copy, as `torch.Tensor.to`. (Half precision would round alpha-bar to 1.)"""
+        """A copy, as `torch.Tensor.to`. (bfloat16 rounds the first alpha-bars to 1.)"""
         return type(self)(*(getattr(self, field.name).to(*args, **kwargs)
                             for field in dataclasses.fields(self)))
 
