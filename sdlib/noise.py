@@ -186,11 +186,7 @@ class NoiseSchedule(ForwardProcess):
         return cls.from_config(rescale_betas_zero_snr=True)
 
     def to(self, *args, **kwargs) -> "NoiseSchedule":
-        """A copy on another device or in another precision, as `torch.Tensor.to`.
-
-        Not meant for half precision: bfloat16 rounds the first alpha-bars to 1. Leave
-        the schedule in float32; the data may be in half precision.
-        """
+        """A copy, as `torch.Tensor.to`. (bfloat16 rounds the first alpha-bars to 1.)"""
         return type(self)(*(getattr(self, field.name).to(*args, **kwargs)
                             for field in dataclasses.fields(self)))
 
