@@ -121,7 +121,7 @@ class DPMSolverMultistepScheduler(SolverScheduler):
 # %% ../chapters/11_schedulers.ipynb #unipc-scheduler
 @dataclasses.dataclass(frozen=True)
 class UniPCMultistepConfig(SolverConfig):
-    """Settings of UniPC, of order 1 to 3, with B(h) = e^h - 1 ("bh2")."""
+    """Settings of UniPC, of order 1 to 3, with B(h) = e^(-h) - 1 ("bh2")."""
 
     FIXED: ClassVar[dict[str, tuple]] = SolverConfig.FIXED | {
         "solver_type": ("bh2", "midpoint", "heun", "logrho"), "predict_x0": (True,),

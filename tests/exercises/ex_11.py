@@ -44,7 +44,7 @@ def ex_11_3(bar_t, bar_u):
         ("""
 def ex_11_3(bar_t, bar_u):
     return 1 - bar_t / bar_u
-""", "needs one division"),
+""", "divide it by s_t^2"),
         ("""
 def ex_11_3(bar_t, bar_u):
     return ((1 - bar_t / bar_u) / (1 - bar_t)) ** 0.5
