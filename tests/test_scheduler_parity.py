@@ -294,9 +294,10 @@ def test_saved_and_loaded_both_ways(name, tmp_path):
 
 
 def test_every_scheduler_is_known_by_name():
-    assert set(SchedulerFiles.classes) == {*ABLE, "DDIMScheduler", "DDPMScheduler"}
-    for name in SchedulerFiles.classes:
-        assert getattr(schedulers, name) is SchedulerFiles.classes[name]
+    assert set(schedulers.SCHEDULERS) == {*ABLE, "DDIMScheduler", "DDPMScheduler"}
+    assert set(schedulers.SCHEDULERS) <= set(SchedulerFiles.classes)
+    for name, cls in schedulers.SCHEDULERS.items():
+        assert getattr(schedulers, name) is cls
 
 
 def test_sd15s_published_file_as_published(tmp_path):
