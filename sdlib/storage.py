@@ -27,9 +27,9 @@ from torch import nn
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A new folder that takes the name `folder` only once it is complete.
 
-    Files are written into a temporary neighbour; an error or a full disk removes the
-    neighbour and leaves what stood at `folder` before. (A killed process cannot tidy
-    up: the neighbour stays, and a folder that was just being replaced may be found as
+    Files are written into a temporary neighbor; an error or a full disk removes the
+    neighbor and leaves what stood at `folder` before. (A killed process cannot tidy
+    up: the neighbor stays, and a folder that was just being replaced may be found as
     `.NAME-...-old`.) Raises OSError as the disk does.
     """
     folder = Path(folder).absolute()
