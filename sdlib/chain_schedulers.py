@@ -41,7 +41,7 @@ class DDPMScheduler(Scheduler):
     config_class = DDPMConfig
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
-        """The step after `timestep` in `timesteps`, -1 at the end."""
+        """The next, cleaner of `timesteps`, -1 at the end; diffusers' name for it."""
         t = int(timestep)
         if self.num_inference_steps is None:
             return t - 1

@@ -111,8 +111,9 @@ class SchedulerFiles:
     def from_config(cls, config: Any, **changes):
         """A scheduler from a config or a dictionary, perhaps with changed settings.
 
-        Of another class's config, what this class does not know is dropped, as in
-        diffusers; but what it cannot do is a ValueError, as is an unknown setting.
+        From another class's config, settings that this class does not know are
+        dropped, as in diffusers. ValueError for what it cannot do (`ABSENT`), and for
+        unknown settings in a config of its own or in `changes`.
         """
         values = config.to_dict() if isinstance(config, Config) else dict(config)
         cls.config_class.absent({**values, **changes})
