@@ -9,7 +9,7 @@ TORCH   ?= auto
 PORT    ?= 8888
 PROMPT  ?= a fox to the left of a pizza, blue background
 OUT     ?=
-CONFIG  ?= configs/vae.yaml configs/clip.yaml configs/unet.yaml
+CONFIG  ?= configs/vae.yaml configs/clip.yaml configs/close_ups.yaml configs/unet.yaml
 TESTS   ?= tests chapters
 
 BIN     := $(VENV)/bin

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import scenes
 from sdlib.batches import (
     LatentScenes,
+    close_ups,
     crop_objects,
     draw_scenes,
     keyed_chance,
@@ -225,11 +226,13 @@ def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, z: Tensor, noise: T
 # %% ../chapters/12_training.ipynb #tasks-diffusion-options
 @dataclass(frozen=True)
 class DiffusionOptions(Config):
-    """Latent diffusion: number of precomputed scenes, caption dropout, loss weight."""
+    """Latent diffusion: number of precomputed scenes, caption dropout, loss weight, and
+    whether to train on close-ups of single objects."""
 
     scenes: int = 40_000
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
+    close_ups: bool = False
 
 # %% ../chapters/12_training.ipynb #tasks-diffusion-class
 class DiffusionTask(Task):
@@ -243,7 +246,7 @@ class DiffusionTask(Task):
         self.schedule = NoiseSchedule.emoji().to(self.device)
         self.vae = AutoencoderKL.from_pretrained(self.output / "vae")
         self.text_encoder = CLIPTextModel.from_pretrained(self.output / "text_encoder")
-        nn.ModuleList([self.vae, self.text_encoder]).to(self.device)
+        nn.Sequential(self.vae, self.text_encoder).to(self.device).requires_grad_(False)
         self.tokenizer = Tokenizer.from_pretrained(self.output / "tokenizer")
 
     def prepare(self, state):
@@ -252,7 +255,8 @@ class DiffusionTask(Task):
 
     def loss(self, samples, split):
         if split == "train":
-            z, captions = self.data.batch(samples)
+            z, captions = (close_ups(self.data.latents, samples, self.seed)
+                           if self.options.close_ups else self.data.batch(samples))
         else:
             x, captions = self.draw(samples, split)
             z = self.vae.encode(x).mean
@@ -262,8 +266,7 @@ class DiffusionTask(Task):
         captions = ["" if drop else c for drop, c in zip(dropped, captions)]
         t = (chance[:, 1] * len(self.schedule.betas)).long().to(self.device)
         noise = keyed_noise(self.seed, samples, z.shape[1:]).to(z)
-        with torch.no_grad():
-            context = self.text_encoder(self.tokenizer(captions).to(self.device))
+        context = self.text_encoder(self.tokenizer(captions).to(self.device))
         loss, error = diffusion_loss(self.module, self.schedule, z, noise, t,
                                      context, self.options.snr_gamma)
         return loss, {"v_mse": error}

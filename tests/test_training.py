@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from sdlib import training
-from sdlib.batches import keyed_generator, keyed_noise
+from sdlib import scenes, training
+from sdlib.batches import close_ups, keyed_generator, keyed_noise
 from sdlib.runs import TrainingConfig, learning_rate, read_config, settle_config
 from sdlib.scenes import PLACES, SPRITES
 from sdlib.storage import read_weights
@@ -266,3 +266,39 @@ def test_help_names_the_arguments():
                             capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0
     assert "--state" in result.stdout and "configs/vae.yaml" in result.stdout
+
+
+def test_close_ups_hold_the_whole_object_and_say_so():
+    """Latents that hold their own scene, row and column number show what was cut out."""
+    count = 60
+    grid = torch.stack(torch.meshgrid(*(torch.arange(16.0),) * 2, indexing="ij"))
+    latents = torch.stack([torch.cat([torch.full((1, 16, 16), float(n)), grid,
+                                      grid[:1]]) for n in range(count)])
+    samples = torch.arange(150, 250)
+    windows, captions = close_ups(latents, samples, seed=3)
+    again, same = close_ups(latents, samples, seed=3)
+    assert torch.equal(windows, again) and captions == same
+    corners = set()
+    for window, caption, sample in zip(windows, captions, samples.tolist(), strict=True):
+        number, top, left = (int(c) for c in window[:3, 0, 0])
+        scene = scenes.scene(number, 3)
+        facts, item = scenes.parse_caption(caption), scene.items[0]
+        assert len(scene.items) == 1 and item.size != "large"
+        assert (facts.sprites, facts.sizes) == ((item.sprite,), (item.size,))
+        assert facts.background == scene.background and facts.place is None
+        skipped = [scenes.scene(k % count, 3) for k in range(sample, sample + count)]
+        first = next(k for k, s in enumerate(skipped)
+                     if len(s.items) == 1 and s.items[0].size != "large")
+        assert number == (sample + first) % count
+        for start, center in ((top, item.y), (left, item.x)):
+            assert 4 * start <= center - item.scale / 2 + 1e-9
+            assert center + item.scale / 2 <= 4 * start + 32 + 1e-9
+            corners.add(start)
+    assert len(corners) > 4  # not always in the same corner
+    assert torch.equal(windows[:, 1, 1, 0], windows[:, 1, 0, 0] + 1)
+
+
+def test_close_ups_without_a_lone_object_say_so():
+    seed = next(s for s in range(50) if len(scenes.scene(0, s).items) == 2)
+    with pytest.raises(ValueError, match="set `scenes` higher"):
+        close_ups(torch.zeros(1, 4, 16, 16), torch.tensor([0]), seed)
