@@ -23,12 +23,12 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONNOUSERSITE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test book export restore image train clean
+.PHONY: help lab test test-full book export restore image train clean
 
 help: ## list these commands
 	@echo "Stable Diffusion from Scratch"
 	@echo
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' \
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
 		$(MAKEFILE_LIST)
 	@echo
 	@echo "Begin with: make lab"
@@ -50,6 +50,11 @@ test: ## install what is missing and run every test and every chapter
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env \
 		--nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval_sanitize.cfg $(TESTS)
+
+test-full: ## the tests that are too long or too large for `make test`
+	@$(INSTALL) dev
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -p no:cacheprovider -m full tests
 
 book: ## build the web pages: _build/html/index.html
 	@$(INSTALL) book

@@ -89,18 +89,21 @@ def walk(ours, theirs, start=0, stop=None, noisy=False):
     return worst
 
 
-def windows(times: list, order: int = 1):
-    """(start, stop) of the stretches to walk: of a long run both ends and the middle."""
+def windows(times: list, order: int = 1, whole: bool = True):
+    """(start, stop) of the stretches to walk: all steps, and some begun in the middle.
+
+    Not `whole`: of the steps only both ends and the middle.
+    """
     n, middle = len(times), len(times) // 2 // order * order
-    if n <= 20:
-        return [(0, None)] + [(middle, None)] * (n > 5)
-    return [(0, 5), (middle, middle + 5), ((n - 2) // order * order, None)]
+    begun = [(middle, middle + 5)] * (n > 5)
+    return [(0, None), *begun] if whole else [
+        (0, 5), *begun, ((n - 2) // order * order, None)]
 
 
-def compare(pair, n, noisy=False):
+def compare(pair, n, noisy=False, whole=True):
     """Largest error over stretches of a run of n steps."""
     set_both(*pair, n)
-    stretches = windows(pair[1].timesteps.tolist(), pair[1].order)
+    stretches = windows(pair[1].timesteps.tolist(), pair[1].order, whole)
     return max(walk(*copy.deepcopy(pair), *stretch, noisy) for stretch in stretches)
 
 
@@ -132,8 +135,17 @@ VARIANTS = [(name, {}) for name in ABLE] + [
     ("DPMSolverMultistepScheduler", SDE)]
 
 
-@pytest.mark.parametrize("name,more", VARIANTS, ids=lambda v: v if isinstance(v, str) else
-                         "-".join(map(str, v.values())))
+def plain(settings) -> bool:
+    """One of the settings whose 999 steps are all walked, not only ends and middle."""
+    return settings["prediction_type"] == "epsilon" and ZERO.items() - settings.items()
+
+
+every_variant = pytest.mark.parametrize(
+    "name,more", VARIANTS,
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+
+
+@every_variant
 def test_steps_equal_diffusers(name, more):
     noisy = name in NOISY or more == SDE
     for settings in all_settings(name, **more):
@@ -144,8 +156,18 @@ def test_steps_equal_diffusers(name, more):
                 with pytest.raises(ValueError, match=message):
                     compare(pair, n, noisy)
                 continue
-            error = compare(pair, n, noisy)
+            error = compare(pair, n, noisy, whole=n <= 50 or plain(settings))
             assert error <= TOL, (settings, n, error)
+
+
+@pytest.mark.full
+@every_variant
+def test_all_999_steps_equal_diffusers(name, more):
+    """Every step of the longest run, for the settings that are not `plain`."""
+    for settings in all_settings(name, **more):
+        if not plain(settings) and not refused(name, settings, 999):
+            error = compare(both(name, **settings), 999, name in NOISY or more == SDE)
+            assert error <= TOL, (settings, error)
 
 
 OTHERS = [
