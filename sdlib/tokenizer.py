@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['END_OF_WORD', 'BOS', 'EOS', 'merge_pair', 'bytes_to_unicode', 'to_symbols', 'normalize', 'pretokenize', 'make_vocab',
-           'train_bpe', 'bpe', 'decode_ids', 'BytePairCoder', 'clip_merges', 'fit_row', 'RowCoder', 'as_list',
+           'train_bpe', 'bpe', 'decode_ids', 'BytePairCoder', 'clip_merges', 'fit_row', 'as_list', 'RowCoder',
            'read_vocab', 'read_tokenizer_config', 'write_tokenizer', 'Tokenizer']
 
 # %% ../chapters/08_tokenizer.ipynb #export-imports
@@ -83,7 +83,8 @@ def normalize(text: str) -> str:
 def pretokenize(text: str) -> list[str]:
     """The normalized words of a text: letters, single digits, runs of other signs."""
     words = _WORDS.findall(normalize(text))
-    # A special token typed in capitals is no special token: it falls into its parts.
+    # A special token typed in capitals is none: the second pass cuts it into its parts.
+    # The first still cuts off what follows it (">??"), as `transformers` does.
     return [part for word in words for part in _PARTS.findall(word)]
 
 # %% ../chapters/08_tokenizer.ipynb #make-vocab
@@ -232,7 +233,7 @@ class BytePairCoder:
 
 # %% ../chapters/08_tokenizer.ipynb #clip-merges
 def clip_merges() -> list[tuple[str, str]]:
-    """CLIP's 48,894 merges, as shipped in openai/CLIP (MIT licence)."""
+    """CLIP's 48,894 merges, as shipped in openai/CLIP (MIT license)."""
     packed = files("sdlib").joinpath("assets/clip/bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
     # The first line is a title. The file goes on for longer than CLIP reads it.
@@ -252,6 +253,15 @@ def fit_row(ids: list[int], length: int, tokenizer: "RowCoder") -> list[int]:
                       f"tokens (begin and end included); this part is cut: {lost!r}",
                       stacklevel=3)
     return [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
+
+# %% ../chapters/08_tokenizer.ipynb #as-list
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    """One string or several, as a list. TypeError for what is neither."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, (list, tuple)):
+        return list(texts)
+    raise TypeError(f"give a string or a list of strings, got {type(texts).__name__}")
 
 # %% ../chapters/08_tokenizer.ipynb #row-class
 class RowCoder(BytePairCoder):
@@ -288,15 +298,6 @@ class RowCoder(BytePairCoder):
             ids = fit_row(self.encode(text), length, self)
             row[:len(ids)] = torch.tensor(ids)
         return rows
-
-# %% ../chapters/08_tokenizer.ipynb #as-list
-def as_list(texts: str | Sequence[str]) -> list[str]:
-    """One string or several, as a list. TypeError for what is neither."""
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, (list, tuple)):
-        return list(texts)
-    raise TypeError(f"give a string or a list of strings, got {type(texts).__name__}")
 
 # %% ../chapters/08_tokenizer.ipynb #read-folder
 def read_vocab(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -22,6 +22,14 @@ def ex_08_1(words):
             pairs[pair] += count
     return dict(pairs)
 """, "a pair can occur twice in one word"),
+        ("""
+def ex_08_1(words):
+    pairs = Counter()
+    for symbols, count in words.items():
+        for pair in pairwise(symbols):
+            pairs[pair] += count
+    return dict(pairs)
+""", "count without overlap"),
     ],
     "08_2": [
         ("""
