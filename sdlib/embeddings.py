@@ -19,8 +19,9 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
     """Sinusoidal embedding of times: (B,) -> (B, dim) float32, cosines, then sines.
 
     Half of `dim` frequencies run geometrically from 1 down to almost 1 / `max_period`
-    radians per step. `dim` must be even (ValueError). Ho et al. (2020), after Vaswani
-    et al. (2017), section 3.5, whose order is sines first (`flip_sin_to_cos=False`).
+    radians per step (with `freq_shift=1` exactly there). `dim` must be even
+    (ValueError). Vaswani et al. (2017), section 3.5, where sines and cosines alternate;
+    Ho et al. (2020) put all sines first (`flip_sin_to_cos=False`).
     """
     if dim % 2:
         raise ValueError(f"the embedding needs an even number of channels, not {dim}")

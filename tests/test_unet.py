@@ -407,6 +407,11 @@ def time_mlp_without_activation(model):
              lambda self, x: self.linear_2(self.linear_1(x)))
 
 
+def deaf_to_the_time(model):
+    override(model.time_embedding,
+             lambda self, x: torch.zeros(x.shape[0], self.linear_2.out_features))
+
+
 def resnet_time_without_activation(model):
     """SiLU before time_emb_proj forgotten: fed x with silu(x) = the old input."""
     for block in each(model, unet_module.ResnetBlock2D):
@@ -464,7 +469,7 @@ def places_transposed(model):
 
 TRAPS = [resnet_eps, output_eps, transformer_eps, layer_norm_eps, head_width_for_head_count,
          geglu_swapped, geglu_tanh, geglu_quick, self_attention_twice,
-         no_transformer_residual, time_mlp_without_activation,
+         no_transformer_residual, time_mlp_without_activation, deaf_to_the_time,
          resnet_time_without_activation, downsample_padding, skip_first, bilinear,
          places_transposed]
 

@@ -85,5 +85,8 @@ WRONG = {
         ("def ex_10_4(places, width, tokens, context_width):\n"
          "    return (2 * places * width ** 2 + 4 * tokens * context_width * width\n"
          "            + 4 * places * tokens * width)", "one projection is missing"),
+        ("def ex_10_4(places, width, tokens, context_width):\n"
+         "    return (4 * places * width ** 2 + 4 * tokens * context_width * width\n"
+         "            + 4 * 8 * 40 * places * tokens)", "the heads are wider there"),
     ],
 }
