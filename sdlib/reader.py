@@ -22,7 +22,7 @@ from .images import to_tensor
 from .matching import (BLURS, arrangements, background_name, blur_level, blurred,
                             box_of, match, plane, plane_fit, sample)
 
-# How sure the reader must be; the chapter measures what these numbers do
+# How sure the reader must be; the chapter measures how often it errs with these
 MAX_ERROR = 0.40  # |picture - sprite| / |sprite|, as differences from the background
 MAX_RATIO = 0.60  # the best sprite's error over that of the runner-up
 MAX_LEFT = 0.012  # part of the picture that may stay unexplained
@@ -123,7 +123,7 @@ def _read_chunk(pixels: torch.Tensor) -> list[Reading]:
     difference = pixels - plane(fit, x[None], y[None])
     masks = difference.norm(dim=1) > VISIBLE
     masks &= F.avg_pool2d(masks.float(), 3, 1, 1) * 9 > 2.5  # lonely pixels are noise
-    ways = [arrangements(mask) or [[]] for mask in masks]  # [[]]: too much to name
+    ways = [arrangements(mask) or [[]] for mask in masks]  # [[]]: too little to name
     which = [k for k, w in enumerate(ways) for way in w for _ in way]
     fields = [part for w in ways for way in w for part in way]
     boxes = [box_of(masks[k], part) for k, part in zip(which, fields)]

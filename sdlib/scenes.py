@@ -21,6 +21,7 @@ from .captions import (BACKGROUNDS, FAMILY, FRAMES, PLACES, RELATIONS, SIZES,
                             SPRITES, Facts, parse_caption, phrasings, write_caption)
 from .drawing import CANVAS, clashes, draw_background, extent, paint, shade, tiles
 
+# imported, and passed on by this module
 _all_ = ["BACKGROUNDS", "CANVAS", "Facts", "SPRITES", "clashes", "parse_caption",
          "tiles"]
 SPLITS = ("train", "valid", "heldout")
@@ -160,7 +161,7 @@ def held_out(sprites: tuple[str, ...], background: str) -> bool:
 
 # %% ../chapters/01_data.ipynb #scenes-choose
 def _choose_facts(rng: np.random.Generator, split: str) -> Facts:
-    """What to show: only rng.random() is used, the stream that NumPy keeps stable."""
+    """What to show: only rng.random(), 53 bits of a stream that NumPy keeps stable."""
     def pick(options):
         return options[int(rng.random() * len(options))]
 
