@@ -28,7 +28,7 @@ def read_scheduler(folder: Path) -> Scheduler:
         return load_scheduler(folder, "scheduler")
     warnings.warn(f"{folder} asks for {name}, which sdlib does not have yet: DDIM with "
                   "the same noise schedule takes its place", stacklevel=3)
-    clip = values.get("clip_sample", False)
+    clip = values.get("clip_sample", False)  # DDIM's default is True
     return DDIMScheduler.from_config(values, clip_sample=clip)
 
 

@@ -69,7 +69,7 @@ class Plan:
         return self.guidance_scale > 1
 
     def parameters(self, k: int, model: str, scheduler: str) -> dict[str, Any]:
-        """All that is needed to paint picture `k` again; goes into the PNG file."""
+        """For the PNG file: what paints picture `k` again (if its noise was drawn)."""
         return {"prompt": self.prompts[k], "seed": self.seeds[k], "model": model,
                 "negative_prompt": self.negatives[k] if self.guided else "",
                 "steps": self.steps, "guidance_scale": self.guidance_scale,
@@ -108,7 +108,7 @@ def make_plan(prompt: str | Sequence[str], negative_prompt: str | Sequence[str] 
 
 # %% ../chapters/13_pipeline.ipynb #metadata-code
 def remember(image: Image.Image, parameters: dict[str, Any]) -> Image.Image:
-    """Attach the parameters, for `save_png` (and the `save` of newer Pillows)."""
+    """Attach the parameters; `save_png` writes them (`image.save` in new Pillows)."""
     image.info["parameters"] = json.dumps(parameters, ensure_ascii=False)
     image.encoderinfo = {"pnginfo": _chunks(image)}
     return image

@@ -6,15 +6,15 @@ _RESCALE = ("def ex_13_3(guided, e_text, phi):\n"
 
 WRONG = {
     "13_1": [
-        ("def ex_13_1(e_text, e_empty, s, guide):\n    return guide(e_text, e_empty, s)",
-         "you handed s on as w"),
-        ("def ex_13_1(e_text, e_empty, s, guide):\n"
-         "    return guide(e_text, e_empty, s - 1)", "the wrong direction"),
-        ("def ex_13_1(e_text, e_empty, s, guide):\n"
-         "    return guide(e_empty, e_text, 1 + s)", "changed places"),
-        ("def ex_13_1(e_text, e_empty, s, guide):\n"
-         "    return (1 + s) * e_text - s * e_empty", "let guide do the work"),
-        ("def ex_13_1(e_text, e_empty, s, guide):\n    return e_text", "for s = 3 you give"),
+        ("def ex_13_1(e_text, e_empty, u, guide):\n    return guide(e_text, e_empty, u)",
+         "you handed u on as w"),
+        ("def ex_13_1(e_text, e_empty, u, guide):\n"
+         "    return guide(e_text, e_empty, u - 1)", "the wrong direction"),
+        ("def ex_13_1(e_text, e_empty, u, guide):\n"
+         "    return guide(e_empty, e_text, 1 + u)", "changed places"),
+        ("def ex_13_1(e_text, e_empty, u, guide):\n"
+         "    return (1 + u) * e_text - u * e_empty", "let guide do the work"),
+        ("def ex_13_1(e_text, e_empty, u, guide):\n    return e_text", "for u = 3 you give"),
     ],
     "13_2": [
         ("def ex_13_2(timesteps, w, low, high):\n"
