@@ -20,6 +20,8 @@ _LAZY = {
     "CLIPVisionModelWithProjection": "clip",
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers",
+    "ImageToImage": "img2img",
+    "Inpainting": "inpainting",
     "NoiseSchedule": "noise",
     "StableDiffusion": "pipeline",
     "Tokenizer": "tokenizer",

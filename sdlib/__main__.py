@@ -4,6 +4,7 @@ import sdlib
 
 COMMANDS = {
     "python -m sdlib.pipeline": "paint a picture from a prompt",
+    "python -m sdlib.editing": "paint a picture, or a part of it, again",
     "python -m sdlib.training": "train a part of the model from a file in configs/",
 }
 
