@@ -63,6 +63,10 @@ def ex_09_3(image_embeds, class_embeds):
     centers = F.normalize(F.normalize(class_embeds, dim=-1).mean(1), dim=-1)
     return image_embeds @ centers.T
 """, "not (2,)"),
+        ("""
+def ex_09_3(image_embeds, class_embeds):
+    return (image_embeds @ class_embeds.mean(1).T).argmax(1)
+""", "because its vectors are long"),
     ],
     "09_4": [
         ("""
