@@ -37,9 +37,9 @@ def slerp(a: torch.Tensor, b: torch.Tensor, share: float | torch.Tensor
     ones, between which no arc is the shortest.
     """
     share, dims = _shaped(share, a), tuple(range(1, a.ndim))
-    u, v = a.double(), b.double()
-    lengths = [x.square().sum(dims, keepdim=True).sqrt() for x in (u, v)]
-    cosine = (u * v).sum(dims, keepdim=True) / (lengths[0] * lengths[1])
+    p, q = a.double(), b.double()
+    lengths = [x.square().sum(dims, keepdim=True).sqrt() for x in (p, q)]
+    cosine = (p * q).sum(dims, keepdim=True) / (lengths[0] * lengths[1])
     if (cosine < -1 + 1e-9).any():
         raise ValueError("slerp between opposite vectors: every arc is as short")
     angle = cosine.clamp(-1, 1).acos()
@@ -47,7 +47,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, share: float | torch.Tensor
     angle = torch.where(straight, torch.ones_like(angle), angle)
     first = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / angle.sin())
     second = torch.where(straight, share, (share * angle).sin() / angle.sin())
-    return (first * u + second * v).to(a.dtype)
+    return (first * p + second * q).to(a.dtype)
 
 # %% ../chapters/16_editing.ipynb #ends-code
 class BetweenEnds(SharedParts, StableDiffusion):
