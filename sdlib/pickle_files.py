@@ -169,8 +169,8 @@ def read_ckpt(path: str | Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     tensors, others = pick_tensors(path, content)
     for name, tensor in tensors.items():
         if tensor.untyped_storage().nbytes() not in sizes | {0}:
-            raise CheckpointError(path, f"claims for {name} more bytes than the archive "
-                                  "holds", DISTRUST)
+            raise CheckpointError(path, f"claims for {name} more bytes than the "
+                                  "archive holds", DISTRUST)
     return tensors, others
 
 # %% ../chapters/15_real_weights.ipynb #pick-code

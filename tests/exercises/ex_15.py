@@ -121,7 +121,7 @@ def ex_15_4(data):
         elif "UNICODE" in i.name:
             found.add(a)
     return found
-""", "a dictionary of words"),
+""", "it asks for 'builtins print', not for"),
     ],
     "15_5": [
         ("""
