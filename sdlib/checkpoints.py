@@ -21,6 +21,7 @@ from .clip import CLIP
 from sdlib.clip_towers import (
     CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection,
 )
+from .hub import locate
 from sdlib.layouts import (
     LAYOUTS, LoadingReport, Wanted, choose, other_family, sort_rest,
 )
@@ -128,12 +129,13 @@ def load_checkpoint(source: str | Path, dtype: torch.dtype | None = None,
                     ) -> tuple[StableDiffusion, LoadingReport]:
     """Stable Diffusion 1.x from a file or folder, and a report of what was read.
 
+    `source` may also be a name that `hub.locate` knows, such as "sd15".
     `like` (a model folder or CompVis' YAML file) gives the shapes of another model.
     `ema`: averaged weights where the file has them. `sha256`: what a file must have.
     dtype None is float32, device None the GPU if there is one. Nothing in the files is
     run. Raises FileNotFoundError, or CheckpointError that says what to do.
     """
-    path, device = Path(source), device or default_device()
+    path, device = locate(source), device or default_device()
     if path.is_dir():
         plan = Blueprint.like(path)
         parts, report = load_folder(path, dtype, device, plan, variant)

@@ -1264,6 +1264,22 @@ def test_hub_folder_is_compared(tmp_path):
             hub.fetch_folder(bad, "main", download)
 
 
+def test_names_are_located(tmp_path, monkeypatch, plan):
+    path = write(tmp_path / "a.safetensors", compvis())
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or path)
+    monkeypatch.setattr(hub, "fetch_folder", lambda *a: asked.append(a) or path)
+    assert load("sd15", plan)[1].files[0].path == str(path)
+    load("owner/name@" + "0123456789" * 4, plan)
+    assert asked == ["sd15", ("owner/name", "0123456789" * 4)]
+    for name in ("owner/name", "owner/name@main", "sd99", "a/b/c@" + "0" * 40):
+        with pytest.raises(FileNotFoundError):
+            load(name, plan)
+    monkeypatch.chdir(tmp_path)
+    path.rename("sd15")
+    assert hub.locate("sd15") == Path("sd15") and len(asked) == 2
+
+
 def test_the_real_download_function_fits():
     """Offline, huggingface_hub refuses; our arguments are those that it takes."""
     import inspect
