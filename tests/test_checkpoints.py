@@ -260,7 +260,7 @@ def test_training_checkpoint_with_everything(tmp_path, plan, lightning, ema):
     assert report.ignored["of unknown use"] == ["embedding_manager.initial"]
     text = str(report)
     for words in ("noise schedule", "position numbers", "state of the training",
-                  "CLIP's projection" if "CLIP's" in text else "projection and constants",
+                  "projection and constants",
                   "ordinary weights" if ema else "averaged weights: not asked for"):
         assert words in text, text
     ignored = sum(len(v) for k, v in report.ignored.items() if k != "no tensors")
@@ -1058,10 +1058,6 @@ def test_broken_and_hostile_files(tmp_path, make, least):
         assert len(accepted) < total / 4, accepted
     else:
         assert not accepted, accepted
-
-
-def test_more_than_three_hundred_files():
-    assert 4 * len(GADGETS) + 25 + 30 + 300 >= 500
 
 
 def test_no_process_is_started_and_no_module_loaded(tmp_path):
