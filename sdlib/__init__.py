@@ -26,6 +26,8 @@ _LAZY = {
     "StableDiffusion": "pipeline",
     "Tokenizer": "tokenizer",
     "UNet2DConditionModel": "unet",
+    "load_checkpoint": "checkpoints",
+    "save_checkpoint": "checkpoints",
 }
 
 __all__ = ["__version__", *_LAZY]
