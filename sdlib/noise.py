@@ -68,7 +68,7 @@ def alpha_bar_like(process: ForwardProcess, t: torch.Tensor | int,
     """alpha-bar_t shaped (B, 1, ..., 1), to multiply `like` (B, ...); 1s for an int t.
 
     In the more precise of the schedule's and `like`'s precision: with a schedule in
-    float32, as built, never in half precision, where 1 - 0.9991 is 0. Raises
+    float32, as built, never in half precision: in bfloat16 1 - 0.9991 is 0. Raises
     ValueError if t is a tensor that does not hold one number per example.
     """
     t = torch.as_tensor(t, device=process.alphas_cumprod.device)

@@ -57,20 +57,21 @@ def both(name, **settings):
     return getattr(schedulers, name)(**settings), getattr(diffusers, name)(**settings)
 
 
-def visited(timesteps):
-    """All steps of a short run, about 20 of a long one, both ends always."""
+def visited(timesteps, whole):
+    """All steps of a run; not `whole`: about 20, with both ends."""
     t = [int(t) for t in timesteps]
-    return t if len(t) <= 10 else t[:3] + t[3:-4:max(1, len(t) // 12)] + t[-4:]
+    return t if whole else t[:3] + t[3:-4:max(1, len(t) // 12)] + t[-4:]
 
 
 # ------------------------------------------------------------ step by step, as diffusers
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddim_equals_diffusers(schedule, kind, spacing):
+every_setting = pytest.mark.parametrize("schedule,kind,spacing",
+                                        [*itertools.product(SCHEDULES, TYPES, SPACINGS)])
+
+
+def compare_ddim(schedule, kind, spacing, steps, all_of_999):
     x, prediction, noise = tensors(2, 3, 4, 5)
     for n, clip, (to_one, offset) in itertools.product(
-            STEPS, (True, False), ((True, 0), (False, 1))):
+            steps, (True, False), ((True, 0), (False, 1))):
         ours, theirs = both("DDIMScheduler", **SCHEDULES[schedule], timestep_spacing=spacing,
                             prediction_type=kind, clip_sample=clip,
                             set_alpha_to_one=to_one, steps_offset=offset)
@@ -78,8 +79,11 @@ def test_ddim_equals_diffusers(schedule, kind, spacing):
         theirs.set_timesteps(n)
         assert torch.equal(ours.timesteps, theirs.timesteps)
         assert ours.timesteps.dtype == theirs.timesteps.dtype
-        for t, (eta, clipped) in itertools.product(
-                visited(theirs.timesteps), ((0.0, False), (0.5, False), (1.0, True))):
+        visits = [(t, eta, clipped)
+                  for eta, clipped in ((0.0, False), (0.5, False), (1.0, True))
+                  for t in visited(theirs.timesteps, n <= 50 or all_of_999 or (
+                      eta == 0.5 and to_one and not clip))]
+        for t, eta, clipped in visits:
             settings = dict(eta=eta, variance_noise=noise, use_clipped_model_output=clipped)
             if float(ours.level(t).a2) == 0 and kind == "epsilon" and not clip:
                 with pytest.raises(ValueError, match="pure noise"):   # diffusers: inf, NaN
@@ -97,20 +101,18 @@ def test_ddim_equals_diffusers(schedule, kind, spacing):
                                   want.pred_original_sample) <= TOL
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddpm_equals_diffusers(schedule, kind, spacing):
+def compare_ddpm(schedule, kind, spacing, steps, all_of_999):
     x, prediction, _ = tensors(2, 3, 4, 5)
     variances = ["fixed_small", "fixed_small_log", "fixed_large"]
-    for n, clip, variance, offset in itertools.product(STEPS, (True, False), variances, (0, 1)):
+    for n, clip, variance, offset in itertools.product(steps, (True, False), variances, (0, 1)):
         ours, theirs = both("DDPMScheduler", **SCHEDULES[schedule], timestep_spacing=spacing,
                             prediction_type=kind, clip_sample=clip, variance_type=variance,
                             steps_offset=offset)
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
         assert torch.equal(ours.timesteps, theirs.timesteps)
-        for t in visited(theirs.timesteps):
+        plain = variance == "fixed_small" and not clip and not offset
+        for t in visited(theirs.timesteps, n <= 50 or all_of_999 or plain):
             if float(ours.level(t).a2) == 0 and kind == "epsilon" and not clip:
                 with pytest.raises(ValueError, match="pure noise"):
                     ours.step(prediction, t, x)
@@ -120,6 +122,24 @@ def test_ddpm_equals_diffusers(schedule, kind, spacing):
             want = theirs.step(prediction, t, x, generator=g2).prev_sample
             assert relative_error(got, want) <= TOL, (n, clip, variance, t)
             assert torch.equal(g1.get_state(), g2.get_state()), "drew another amount of noise"
+
+
+@every_setting
+def test_ddim_equals_diffusers(schedule, kind, spacing):
+    compare_ddim(schedule, kind, spacing, STEPS, all_of_999=False)
+
+
+@every_setting
+def test_ddpm_equals_diffusers(schedule, kind, spacing):
+    compare_ddpm(schedule, kind, spacing, STEPS, all_of_999=False)
+
+
+@pytest.mark.full
+@every_setting
+def test_all_999_steps_equal_diffusers(schedule, kind, spacing):
+    """Every step of the longest run, in every setting of both schedulers."""
+    compare_ddim(schedule, kind, spacing, [999], all_of_999=True)
+    compare_ddpm(schedule, kind, spacing, [999], all_of_999=True)
 
 
 def test_ddpm_without_set_timesteps_walks_all_steps():

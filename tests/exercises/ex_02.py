@@ -18,6 +18,10 @@ def ex_02_1(alphas_cumprod):
 def ex_02_1(alphas_cumprod):
     return int((alphas_cumprod >= 0.5).int().argmax())
 """, "the answer is 2, yours is 0"),
+        ("""
+def ex_02_1(alphas_cumprod):
+    return int((alphas_cumprod - 0.5).abs().argmin())
+""", "not the nearest to one half"),
     ],
     "02_2": [
         ("""
@@ -196,7 +200,7 @@ def ex_02_9(share):
 """, "for a share of 0.2 it settles at 1.0526"),
         ("""
 def ex_02_9(share):
-    return 1 / (1 - share / 4)
+    return 1 / (1 - share / 4) if share < 5 else math.inf
 """, "the variance grows without end"),
     ],
     "02_10": [

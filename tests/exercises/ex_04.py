@@ -38,6 +38,24 @@ def ex_04_2(points, means, weights):
     shares = torch.bincount(nearest, minlength=len(means)) / len(points)
     return float((shares - weights).sum() / 2)
 """, "differences with their sign cancel"),
+        ("""
+def ex_04_2(points, means, weights):
+    nearest = torch.cdist(points, means).argmin(dim=1)
+    shares = torch.bincount(nearest, minlength=len(means)) / len(points)
+    return float((shares - weights).abs().max())
+""", "that is the largest difference"),
+        ("""
+def ex_04_2(points, means, weights):
+    nearest = torch.cdist(points, means).argmin(dim=1)
+    shares = torch.bincount(nearest, minlength=len(means)) / len(points)
+    return float(((shares - weights).square().sum() / 2) ** 0.5)
+""", "yours is 0.206"),
+        ("""
+def ex_04_2(points, means, weights):
+    nearest = torch.cdist(points, means).argmin(dim=1)
+    shares = torch.bincount(nearest) / len(points)
+    return float((shares - weights[:len(shares)]).abs().sum())
+""", "yours is 0.300"),
     ],
     "04_3": [
         ("""
@@ -81,6 +99,11 @@ def ex_04_4(average, weights, decay):
     return {k: decay * average[k] + (1 - decay) * w if w.is_floating_point()
             else average[k] for k, w in weights.items()}
 """, "the counter should be the network's"),
+        ("""
+def ex_04_4(average, weights, decay):
+    return {k: decay * average[k] + (1 - decay) * w if w.is_floating_point()
+            else average[k].copy_(w) for k, w in weights.items()}
+""", "a counter of the arguments in place"),
     ],
     "04_5": [
         ("""

@@ -42,6 +42,13 @@ def ex_05_2(x, means, weights, variances):
               - apart.square().sum(-1) / (2 * variances))
     return (logits.softmax(1)[..., None] * apart / variances[:, None]).sum(1)
 """, "that factor is for one dimension"),
+        ("""
+def ex_05_2(x, means, weights, variances):
+    apart = means - x[:, None]
+    logits = (weights.log() - variances.log()
+              - apart.square().sum(-1) / (2 * variances))
+    return (logits.softmax(1)[..., None] * apart / variances[:, None]).sum(1)
+""", "that factor is for two dimensions"),
     ],
     "05_3": [
         ("""
@@ -146,6 +153,13 @@ def ex_05_6(u, x, times):
         x = x + (then - tau) * (first + u(x, then))
     return x
 """, "the error does not fall with more steps"),
+        ("""
+def ex_05_6(u, x, times):
+    for tau, then in pairwise(times):
+        d = then - tau
+        x = x + d * u(x + d / 2 * u(x, tau), tau + d / 2)
+    return x
+""", "of order 2, but not Heun's rule"),
     ],
     "05_7": [
         ("""

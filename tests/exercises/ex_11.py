@@ -72,6 +72,22 @@ def ex_11_4(scheduler, latents, noise, strength):
     n = len(scheduler.timesteps)
     return scheduler.timesteps[n - int(n * strength):], noise
 """, "the latents are gone"),
+        ("""
+def ex_11_4(scheduler, latents, noise, strength):
+    n = len(scheduler.timesteps)
+    steps = scheduler.timesteps[n - min(int(n * strength), n):]
+    if len(steps) == 0:
+        return steps, latents
+    return steps, scheduler.add_noise(latents, noise, steps[:1].expand(len(latents)))
+""", "keep 13; you kept 14"),
+        ("""
+def ex_11_4(scheduler, latents, noise, strength):
+    n = scheduler.num_inference_steps
+    steps = scheduler.timesteps[n - int(n * strength):]
+    if len(steps) == 0:
+        return steps, latents
+    return steps, scheduler.add_noise(latents, noise, steps[:1].expand(len(latents)))
+""", "keep 13; you kept 16"),
     ],
     "11_5": [
         ("""
@@ -128,6 +144,11 @@ def ex_11_6(here, before, end):
     h, middle = end - here, (here + end) / 2
     return h * (middle - before), h * (middle - here)
 """, "must give end - here"),
+        ("""
+def ex_11_6(here, before, end):
+    middle = (here + end) / 2
+    return -(middle - before) / (here - before), -(middle - here) / (before - here)
+""", "grow with the length"),
     ],
     "11_7": [
         ("""
@@ -146,6 +167,10 @@ def ex_11_7(first, last, n):
 def ex_11_7(first, last, n):
     return np.exp(np.linspace(np.log(first), np.log(last), n)).tolist()
 """, "exponential levels"),
+        ("""
+def ex_11_7(first, last, n):
+    return (np.linspace(first ** (1 / 7), last, n) ** 7).tolist()
+""", "from 128 to 1/128"),
     ],
     "11_8": [
         ("""
@@ -171,6 +196,12 @@ def ex_11_8(x, x0, earlier, before, now, then):
     d = x0 + (l2 - l1) / (l1 - l0) / 2 * (x0 - earlier)
     return then.s / now.s * x + then.a * (1 - l2 / l1) * d
 """, "straight in lambda"),
+        ("""
+def ex_11_8(x, x0, earlier, before, now, then):
+    l0, l1, l2 = (torch.log(level.a / level.s) for level in (before, now, then))
+    d = x0 + (l2 - l1) / (l1 - l0) / 2 * (earlier - x0)
+    return then.s / now.s * x + then.a * (1 - torch.exp(l1 - l2)) * d
+""", "ahead, not back"),
     ],
     "11_9": [
         ("""
@@ -193,6 +224,11 @@ def ex_11_9(here, there, eta):
     up = eta**0.5 * there * (here**2 - there**2) ** 0.5 / here
     return (there**2 - up**2) ** 0.5, up
 """, "not its square"),
+        ("""
+def ex_11_9(here, there, eta):
+    up = eta * (here**2 - there**2) ** 0.5 / here
+    return (there**2 - up**2) ** 0.5, up
+""", "where does sigma there enter"),
     ],
     "11_10": [
         ("""
