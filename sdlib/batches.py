@@ -30,10 +30,11 @@ def keyed_generator(seed: int, sample: int, purpose: int = 0) -> torch.Generator
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
 
-def keyed_noise(seed: int, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (B, *shape), an independent draw for each sample number."""
-    return torch.stack([torch.randn(shape, generator=keyed_generator(seed, int(i)))
-                        for i in samples])
+def keyed_noise(seed: int, samples: Tensor, shape: tuple[int, ...],
+                purpose: int = 0) -> Tensor:
+    """Standard normal noise (B, *shape), independent for each sample and purpose."""
+    generators = [keyed_generator(seed, int(i), purpose) for i in samples]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def keyed_chance(seed: int, samples: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def draw_scenes(samples: Tensor, seed: int, split: str,
 def crop_objects(x: Tensor, samples: Tensor, seed: int, size: int) -> Tensor:
     """A piece (B, 3, size, size) of each picture (B, 3, 64, 64), near an object of it.
 
-    Nine tenths of a scene are plain background, which is learned in no time; near an
+    Five sixths of a scene are plain background, which is learned in no time; near an
     object there is something to learn.
     """
     pieces = []

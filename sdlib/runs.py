@@ -78,7 +78,7 @@ def read_config(path: str | Path) -> TrainingConfig:
 
 # %% ../chapters/12_training.ipynb #training-schedule
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then a half cosine down to zero at the last step."""
+    """Linear warm-up, then a half cosine that would reach zero a step after the last."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -141,7 +141,7 @@ class RunLog:
             rows = [row for row in rows if row["step"] <= step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             before = rows[-1]["seconds"] if rows else 0.0
-        self.board = SummaryWriter(state / "tensorboard", purge_step=step)
+        self.board = SummaryWriter(state / "tensorboard", purge_step=step + 1)
         self.start = time.time() - before  # the clock counts training only
 
     def __enter__(self) -> "RunLog":

@@ -22,6 +22,7 @@ from sdlib.batches import (
     crop_objects,
     draw_scenes,
     keyed_chance,
+    keyed_generator,
     keyed_noise,
 )
 from sdlib.clip import (
@@ -227,12 +228,16 @@ def diffusion_loss(unet: nn.Module, schedule: NoiseSchedule, z: Tensor, noise: T
 @dataclass(frozen=True)
 class DiffusionOptions(Config):
     """Latent diffusion: number of precomputed scenes, caption dropout, loss weight, and
-    whether to train on close-ups of single objects."""
+    the share of the steps, 0 to 1, that train on close-ups of single objects."""
 
     scenes: int = 40_000
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
-    close_ups: bool = False
+    close_ups: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.close_ups <= 1:
+            raise ValueError(f"close_ups must lie in 0 to 1, not {self.close_ups}")
 
 # %% ../chapters/12_training.ipynb #tasks-diffusion-class
 class DiffusionTask(Task):
@@ -253,10 +258,16 @@ class DiffusionTask(Task):
         self.data = LatentScenes(self.vae, self.output / "vae", self.options.scenes,
                                  self.seed, state)
 
+    def draw_latents(self, samples: Tensor) -> tuple[Tensor, list[str]]:
+        """A batch of whole scenes or one of close-ups: its first sample decides."""
+        choice = keyed_generator(self.seed, int(samples[0]), 2)
+        if float(torch.rand((), generator=choice)) < self.options.close_ups:
+            return close_ups(self.data.latents, samples, self.seed)
+        return self.data.batch(samples)
+
     def loss(self, samples, split):
         if split == "train":
-            z, captions = (close_ups(self.data.latents, samples, self.seed)
-                           if self.options.close_ups else self.data.batch(samples))
+            z, captions = self.draw_latents(samples)
         else:
             x, captions = self.draw(samples, split)
             z = self.vae.encode(x).mean
@@ -265,7 +276,8 @@ class DiffusionTask(Task):
         dropped = (chance[:, 0] < self.options.caption_dropout).tolist()
         captions = ["" if drop else c for drop, c in zip(dropped, captions)]
         t = (chance[:, 1] * len(self.schedule.betas)).long().to(self.device)
-        noise = keyed_noise(self.seed, samples, z.shape[1:]).to(z)
+        # purpose 3: purpose 0 is the noise that the latents hold from their encoding
+        noise = keyed_noise(self.seed, samples, z.shape[1:], 3).to(z)
         context = self.text_encoder(self.tokenizer(captions).to(self.device))
         loss, error = diffusion_loss(self.module, self.schedule, z, noise, t,
                                      context, self.options.snr_gamma)

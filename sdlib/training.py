@@ -33,7 +33,7 @@ from .tasks import TASKS, Task
 
 # %% ../chapters/12_training.ipynb #training-ema
 class EMA:
-    """Exponential moving average of a module's weights (Polyak and Juditsky, 1992).
+    """Exponential moving average of a module's weights.
 
     The decay is warmed up as (1 + n) / (10 + n) after n updates, so that the average
     forgets the random start.
@@ -85,19 +85,24 @@ class Trainer:
 
 # %% ../chapters/12_training.ipynb #training-step
 def train_step(trainer: Trainer) -> dict[str, float]:
-    """One step of AdamW. Raises FloatingPointError when the loss is not finite."""
+    """One step of AdamW.
+
+    Raises FloatingPointError, before the weights change, when the loss or its gradient
+    is not finite.
+    """
     batch = trainer.config.batch_size
     samples = torch.arange(trainer.step * batch, (trainer.step + 1) * batch)
     loss, logs = trainer.loss(samples, "train")
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss.item()} at step {trainer.step}; the last "
-            "checkpoint is intact. Start a new run with a lower learning_rate, or in "
-            "float32")
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trainer.module.parameters(),
                                     trainer.config.gradient_clip)
+    for name, value in (("loss", loss), ("gradient", norm)):
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"the {name} became {value.item()} at step {trainer.step}; the last "
+                "checkpoint is intact. Start a new run with a lower learning_rate, or "
+                "in float32")
     rate = learning_rate(trainer.config, trainer.step)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate

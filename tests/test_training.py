@@ -15,11 +15,18 @@ import torch
 import yaml
 
 from sdlib import scenes, training
-from sdlib.batches import close_ups, keyed_generator, keyed_noise
+from sdlib.batches import LatentScenes, close_ups, keyed_generator, keyed_noise
+from sdlib.noise import NoiseSchedule
 from sdlib.runs import TrainingConfig, learning_rate, read_config, settle_config
 from sdlib.scenes import PLACES, SPRITES
 from sdlib.storage import read_weights
-from sdlib.tasks import CLIPOptions, CLIPTask, snr_weight
+from sdlib.tasks import (
+    CLIPOptions,
+    CLIPTask,
+    DiffusionOptions,
+    DiffusionTask,
+    snr_weight,
+)
 from sdlib.training import EMA, checkpoints, train
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +188,43 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, run):
     assert all(torch.isfinite(v).all() for v in kept.values())
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, run):
+    """sqrt(w * w) is finite at 0 and its derivative is not."""
+    trainer = training.Trainer(run, torch.device("cpu"))
+    weight = next(trainer.module.parameters())
+    with torch.no_grad():
+        weight.zero_()
+    before = {k: v.clone() for k, v in trainer.module.state_dict().items()}
+    trainer.loss = lambda samples, split: ((weight * weight).sqrt().sum(), {})
+    with pytest.raises(FloatingPointError, match="gradient became nan at step 0"):
+        training.train_step(trainer)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.module.state_dict().items())
+
+
+def test_the_noise_of_training_is_not_the_noise_in_the_latents(tmp_path, monkeypatch):
+    """The latents hold a draw of the posterior; what is added must not repeat it."""
+    class Encoder(torch.nn.Linear):
+        weights_name, config = "w", type("C", (), {"scaling_factor": 1.0})
+
+        def encode(self, x):
+            shape = len(x), 4, 16, 16
+            return type("P", (), {"mean": torch.zeros(shape), "std": torch.ones(shape)})
+
+    (tmp_path / "w").write_bytes(b"weights")
+    task = object.__new__(DiffusionTask)
+    task.seed, task.options, task.device = 3, DiffusionOptions(), torch.device("cpu")
+    task.vae, task.module, task.schedule = Encoder(1, 1), None, NoiseSchedule.emoji()
+    task.data = LatentScenes(task.vae, tmp_path, 8, 3, tmp_path)
+    task.tokenizer = lambda captions: torch.zeros(len(captions), 1)
+    task.text_encoder = lambda ids: ids
+    seen = {}
+    monkeypatch.setattr("sdlib.tasks.diffusion_loss", lambda unet, schedule, z, noise, *rest:
+                        seen.update(z=z, noise=noise) or (noise.sum(), noise.sum()))
+    task.loss(torch.arange(8), "train")
+    pair = torch.stack([seen["z"].flatten(), seen["noise"].flatten()])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.05  # 8192 numbers: +- 0.011
+
+
 def test_warm_start_takes_the_committed_weights(tmp_path, run):
     trainer = train(run, tmp_path / "first", "cpu")
     weights = tmp_path / "model/vae/diffusion_pytorch_model.safetensors"
@@ -296,6 +340,24 @@ def test_close_ups_hold_the_whole_object_and_say_so():
             corners.add(start)
     assert len(corners) > 4  # not always in the same corner
     assert torch.equal(windows[:, 1, 1, 0], windows[:, 1, 0, 0] + 1)
+
+
+def test_a_share_of_the_steps_shows_close_ups():
+    """The same steps every time; a whole batch is of one kind."""
+    for share in (0.0, 0.25, 1.0):
+        task = object.__new__(DiffusionTask)
+        task.seed, task.options = 3, DiffusionOptions(close_ups=share)
+        task.data = object.__new__(LatentScenes)
+        task.data.latents, task.data.count, task.data.seed = torch.zeros(60, 4, 16, 16), 60, 3
+        small = [task.draw_latents(torch.arange(2 * k, 2 * k + 2))[0].shape[-1] == 8
+                 for k in range(200)]
+        again = [task.draw_latents(torch.arange(2 * k, 2 * k + 2))[0].shape[-1] == 8
+                 for k in range(200)]
+        assert small == again
+        assert abs(sum(small) / 200 - share) < 0.1 * (share == 0.25) + 1e-9
+    for share in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="close_ups must lie in 0 to 1"):
+            DiffusionOptions(close_ups=share)
 
 
 def test_close_ups_without_a_lone_object_say_so():
