@@ -1,7 +1,8 @@
 # Stable Diffusion from Scratch. `make` alone lists the commands.
 #
 # Variables: PYTHON (which interpreter makes the environment), VENV (where it goes),
-# TORCH=auto|cpu|default (which torch build), PORT and LAB_ARGS (for JupyterLab).
+# TORCH=auto|cpu|default (which torch build), PORT and LAB_ARGS (for JupyterLab),
+# PROMPT, OUT and GUIDE, the strength of guidance (for `make image`).
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -9,6 +10,7 @@ TORCH   ?= auto
 PORT    ?= 8888
 PROMPT  ?= a fox to the left of a pizza, blue background
 OUT     ?=
+GUIDE   ?= 2.5
 CONFIG  ?= configs/vae.yaml configs/clip.yaml configs/close_ups.yaml configs/unet.yaml
 TESTS   ?= tests chapters
 
@@ -73,7 +75,7 @@ restore: ## bring the committed sdlib back (your chapters stay as they are)
 image: export SD_PROMPT = $(value PROMPT)
 image: ## paint a picture: make image PROMPT="two red hearts" OUT=hearts.png
 	@$(INSTALL) course
-	@$(BIN)/python -m sdlib.pipeline "$$SD_PROMPT" $(if $(OUT),--out "$(OUT)")
+	@$(BIN)/python -m sdlib.pipeline "$$SD_PROMPT" --guidance $(GUIDE) $(if $(OUT),--out "$(OUT)")
 
 train: ## train the small model, hours: all parts, or CONFIG=configs/unet.yaml
 	@$(INSTALL) course

@@ -23,9 +23,10 @@ IN_BOOK = [path for path in CHAPTERS if path.stem in toc_chapters()]
 SETUP = f'''\
 # Set-up: in Colab, fetch the course and install it; elsewhere nothing is downloaded.
 import os, sys
-if "google.colab" in sys.modules and not os.path.exists("/content/course"):
-    !git clone -q --depth 1 {REPOSITORY} /content/course
-    !pip install -q -e /content/course
+if "google.colab" in sys.modules:
+    if not os.path.exists("/content/course"):
+        !git clone -q --depth 1 {REPOSITORY} /content/course
+        !pip install -q -e /content/course
     os.chdir("/content/course/chapters")
     sys.path.insert(0, "/content/course")'''
 BADGE = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"

@@ -54,6 +54,14 @@ def test_final_latents_equal_diffusers(ours, theirs, prompt, negative):
     assert relative_error(other, reference) > 0.1  # the prompt does matter
 
 
+def test_diffusers_other_pipelines_open_it_too():
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    for pipeline in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline):
+        theirs = pipeline.from_pretrained(MODEL, safety_checker=None)
+        assert theirs.unet.config.in_channels == 4
+
+
 def test_transformers_reads_the_image_encoder():
     from transformers import CLIPVisionModelWithProjection
 
