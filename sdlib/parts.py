@@ -121,7 +121,7 @@ def model_index(scheduler: Scheduler) -> dict[str, Any]:
     return {"_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None],
             "image_encoder": [None, None], "safety_checker": [None, None],
             "requires_safety_checker": False,
-            "_diffusers_version": "0.35.0",  # the oldest tested; some pipelines ask for it
+            "_diffusers_version": "0.35.0",  # some of its pipelines ask for one
             "scheduler": ["diffusers", type(scheduler).__name__],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -78,7 +78,7 @@ def read_config(path: str | Path) -> TrainingConfig:
 
 # %% ../chapters/12_training.ipynb #training-schedule
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then a half cosine that would reach zero a step after the last."""
+    """Linear warm-up, then a half cosine that reaches zero a step after the last."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

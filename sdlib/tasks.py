@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Task', 'VAEOptions', 'VAETask', 'CLIPOptions', 'start_louder', 'label_loss', 'CLIPTask', 'snr_weight',
-           'diffusion_loss', 'DiffusionOptions', 'DiffusionTask']
+           'diffusion_loss', 'DiffusionOptions', 'draw_latents', 'DiffusionTask']
 
 # %% ../chapters/12_training.ipynb #tasks-imports
 from dataclasses import dataclass, replace
@@ -239,6 +239,18 @@ class DiffusionOptions(Config):
         if not 0 <= self.close_ups <= 1:
             raise ValueError(f"close_ups must lie in 0 to 1, not {self.close_ups}")
 
+# %% ../chapters/12_training.ipynb #tasks-draw-latents
+def draw_latents(data: LatentScenes, samples: Tensor, share: float
+                 ) -> tuple[Tensor, list[str]]:
+    """A batch of whole scenes or, with chance `share`, of close-ups, and its captions.
+
+    The first sample number decides for all, since the sizes of the two differ.
+    """
+    choice = keyed_generator(data.seed, int(samples[0]), 2)
+    if float(torch.rand((), generator=choice)) < share:
+        return close_ups(data.latents, samples, data.seed)
+    return data.batch(samples)
+
 # %% ../chapters/12_training.ipynb #tasks-diffusion-class
 class DiffusionTask(Task):
     """Predict v from noisy latents, time and caption, in the frozen VAE's space."""
@@ -258,16 +270,9 @@ class DiffusionTask(Task):
         self.data = LatentScenes(self.vae, self.output / "vae", self.options.scenes,
                                  self.seed, state)
 
-    def draw_latents(self, samples: Tensor) -> tuple[Tensor, list[str]]:
-        """A batch of whole scenes or one of close-ups: its first sample decides."""
-        choice = keyed_generator(self.seed, int(samples[0]), 2)
-        if float(torch.rand((), generator=choice)) < self.options.close_ups:
-            return close_ups(self.data.latents, samples, self.seed)
-        return self.data.batch(samples)
-
     def loss(self, samples, split):
         if split == "train":
-            z, captions = self.draw_latents(samples)
+            z, captions = draw_latents(self.data, samples, self.options.close_ups)
         else:
             x, captions = self.draw(samples, split)
             z = self.vae.encode(x).mean

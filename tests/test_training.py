@@ -25,6 +25,7 @@ from sdlib.tasks import (
     CLIPTask,
     DiffusionOptions,
     DiffusionTask,
+    draw_latents,
     snr_weight,
 )
 from sdlib.training import EMA, checkpoints, train
@@ -345,14 +346,10 @@ def test_close_ups_hold_the_whole_object_and_say_so():
 def test_a_share_of_the_steps_shows_close_ups():
     """The same steps every time; a whole batch is of one kind."""
     for share in (0.0, 0.25, 1.0):
-        task = object.__new__(DiffusionTask)
-        task.seed, task.options = 3, DiffusionOptions(close_ups=share)
-        task.data = object.__new__(LatentScenes)
-        task.data.latents, task.data.count, task.data.seed = torch.zeros(60, 4, 16, 16), 60, 3
-        small = [task.draw_latents(torch.arange(2 * k, 2 * k + 2))[0].shape[-1] == 8
-                 for k in range(200)]
-        again = [task.draw_latents(torch.arange(2 * k, 2 * k + 2))[0].shape[-1] == 8
-                 for k in range(200)]
+        data = object.__new__(LatentScenes)
+        data.latents, data.count, data.seed = torch.zeros(60, 4, 16, 16), 60, 3
+        small, again = ([draw_latents(data, torch.arange(2 * k, 2 * k + 2), share)[0].shape[-1] == 8
+                         for k in range(200)] for _ in range(2))
         assert small == again
         assert abs(sum(small) / 200 - share) < 0.1 * (share == 0.25) + 1e-9
     for share in (-0.1, 1.5):
