@@ -282,7 +282,11 @@ def sandbox(monkeypatch, tmp_path):
 
     monkeypatch.setattr(install, "make_environment", environment)
     monkeypatch.setattr(install, "install_torch", lambda *a: calls.append("torch"))
-    monkeypatch.setattr(install, "pip_or_explain", lambda p, a, *_: calls.append(a[-1]))
+    def note(python, arguments, log, need):
+        assert f"torch=={install.TORCH}+cpu" in arguments, "pip might take another build"
+        calls.append(arguments[-1])
+
+    monkeypatch.setattr(install, "pip_or_explain", note)
     monkeypatch.setattr(install, "require_disk", lambda *a: None)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
     return calls, str(tmp_path / "venv")

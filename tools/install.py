@@ -180,15 +180,20 @@ def pip_or_explain(python, arguments, log, need):
                       + "\nThe whole record: " + log) from RuntimeError(tail)
 
 
+def torch_requirement(build):
+    """The exact torch; "+cpu" keeps pip from ever taking the CUDA build on PyPI."""
+    return f"torch=={TORCH}" + ("+cpu" if build == "cpu" else "")
+
+
 def install_torch(python, build, log, need):
     """The chosen build of torch, by its exact version."""
     if build == "default":
         say(f"installing torch {TORCH} as pip chooses it")
-        return pip_or_explain(python, ["torch==" + TORCH], log, need)
+        return pip_or_explain(python, [torch_requirement(build)], log, need)
     say("installing the CPU build of torch (no NVIDIA GPU found, or TORCH=cpu)")
-    pinned = f"torch=={TORCH}+cpu"
+    pinned = torch_requirement(build)
     # First from wherever this machine's pip is told to look, then from PyTorch's own
-    # index. The "+cpu" keeps pip from falling back to the CUDA build on PyPI.
+    # index.
     succeeded, output = pip(python, [pinned], log, quiet=True)
     if not succeeded and not re.search("No space left", output):
         succeeded, output = pip(python, [pinned, "--extra-index-url", CPU_INDEX], log)
@@ -275,7 +280,10 @@ def install(extra, venv, wish):
     say("this takes a few minutes the first time; the record is " + log)
     install_torch(python, build, log, need)
     say(f"installing the course and what its chapters use [{extra}]")
-    pip_or_explain(python, ["-c", "constraints.txt", "-e", f".[{extra}]"], log, need)
+    # torch by name once more: if a page of the index cannot be read for a moment, pip
+    # looks for other combinations, and would otherwise try the CUDA build.
+    pip_or_explain(python, ["-c", "constraints.txt", torch_requirement(build),
+                            "-e", f".[{extra}]"], log, need)
     trial = subprocess.run([python, "-c", "import torch, numpy, sdlib"],
                            capture_output=True, text=True, cwd=venv)
     if trial.returncode:
