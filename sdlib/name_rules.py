@@ -91,7 +91,7 @@ VAE = (
 
 # %% ../chapters/15_real_weights.ipynb #vae-numbers
 def vae_numbers(config: VAEConfig, i: int = 0, j: int = 0) -> dict[str, int]:
-    """The original counts the decoder's levels from the other end, and from 1."""
+    """The decoder's levels from the other end; blocks in the middle from 1."""
     return {"mirrored": len(config.block_out_channels) - 1 - i, "middle": j + 1}
 
 

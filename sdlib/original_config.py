@@ -61,8 +61,10 @@ def read_original_config(path: str | Path) -> dict[str, Config]:
     try:
         model = read_yaml(path)["model"]["params"]
         unet, vae = (model[k]["params"] for k in ("unet_config", "first_stage_config"))
-        configs = {"unet": original_unet(unet), "text_encoder": CLIPTextConfig.sd15(),
-                   "vae": original_vae(vae, model.get("scale_factor", 0.18215))}
+        size = model.get("image_size", 64)  # the U-Net's own image_size is unused
+        configs = {"unet": original_unet(unet, size),
+                   "text_encoder": CLIPTextConfig.sd15(),
+                   "vae": original_vae(vae, size, model.get("scale_factor", 0.18215))}
         for config in configs.values():
             check_size(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -79,22 +81,22 @@ def _widths(base: int, factors: list[int]) -> tuple[int, ...]:
     return tuple(base * factor for factor in factors)
 
 
-def original_unet(values: dict[str, Any]) -> UNetConfig:
+def original_unet(values: dict[str, Any], size: int) -> UNetConfig:
     """`unet_config.params`: attention where the picture is 1/1, 1/2 or 1/4 as large."""
     widths = _widths(values["model_channels"], values["channel_mult"])
     attends = [2 ** k in values["attention_resolutions"] for k in range(len(widths))]
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1])
-    return UNetConfig(values.get("image_size", 64), values["in_channels"],
-                      values["out_channels"], down, up, widths,
-                      values["num_res_blocks"], values["context_dim"],
+    return UNetConfig(size, values["in_channels"], values["out_channels"], down, up,
+                      widths, values["num_res_blocks"], values["context_dim"],
                       values["num_heads"])
 
 
-def original_vae(values: dict[str, Any], scale: float) -> VAEConfig:
+def original_vae(values: dict[str, Any], size: int, scale: float) -> VAEConfig:
     """`first_stage_config.params`: the autoencoder's `ddconfig`."""
     inner = values["ddconfig"]
-    return VAEConfig(inner["in_channels"], inner["out_ch"],
-                     _widths(inner["ch"], inner["ch_mult"]), inner["num_res_blocks"],
-                     inner["z_channels"], sample_size=inner["resolution"],
+    widths = _widths(inner["ch"], inner["ch_mult"])
+    pixels = size * 2 ** (len(widths) - 1)  # `resolution`, 256, was for training
+    return VAEConfig(inner["in_channels"], inner["out_ch"], widths,
+                     inner["num_res_blocks"], inner["z_channels"], sample_size=pixels,
                      scaling_factor=scale)

@@ -1151,14 +1151,14 @@ def test_index_and_shards_must_agree(tmp_path, change, words):
 # YAML ---------------------------------------------------------------------------------
 
 V1 = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
-    "scale_factor": 0.18215, "linear_start": 0.00085,
+    "scale_factor": 0.18215, "linear_start": 0.00085, "image_size": 64,
     "unet_config": {"target": "os.system", "params": {
-        "image_size": 64, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
         "attention_resolutions": [4, 2, 1], "num_res_blocks": 2,
         "channel_mult": [1, 2, 4, 4], "num_heads": 8, "use_spatial_transformer": True,
         "transformer_depth": 1, "context_dim": 768, "legacy": False}},
     "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {
-        "double_z": True, "z_channels": 4, "resolution": 512, "in_channels": 3,
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3,
         "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
         "attn_resolutions": [], "dropout": 0.0}}}}}}
 

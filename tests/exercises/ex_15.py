@@ -122,6 +122,22 @@ def ex_15_4(data):
             found.add(a)
     return found
 """, "it asks for 'builtins print', not for"),
+        ("""
+def ex_15_4(data):
+    wanted, strings, memo = set(), [], {}
+    for instruction, argument, _ in pickletools.genops(data):
+        if instruction.name == "GLOBAL":
+            wanted.add(argument)
+        elif instruction.name == "STACK_GLOBAL":
+            wanted.add(" ".join(strings[-2:]))
+        elif "UNICODE" in instruction.name:
+            strings.append(argument)
+        elif instruction.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else ""
+        elif instruction.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo.get(argument, ""))
+    return wanted
+""", "INST asks for a name, too"),
     ],
     "15_5": [
         ("""
@@ -148,6 +164,13 @@ def ex_15_5(a, b, share):
 def ex_15_5(a, b, share):
     return {k: ((1 - share) * a[k].float() + share * b[k].float()).to(a[k].dtype) for k in a}
 """, "integers are not mixed"),
+        ("""
+def ex_15_5(a, b, share):
+    if any(k not in b or a[k].shape != b[k].shape for k in a) or len(a) != len(b):
+        raise ValueError("these two do not fit")
+    return {k: ((1 - share) * a[k].float() + share * b[k].float()).to(a[k].dtype)
+            if a[k].is_floating_point() else a[k] for k in a}
+""", "say which tensor"),
         ("""
 def ex_15_5(a, b, share):
     return {k: (1 - share) * a[k].float() + share * b[k].float() for k in a}
