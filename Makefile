@@ -2,7 +2,8 @@
 #
 # Variables: PYTHON (which interpreter makes the environment), VENV (where it goes),
 # TORCH=auto|cpu|default (which torch build), PORT and LAB_ARGS (for JupyterLab),
-# PROMPT, OUT and GUIDE, the strength of guidance (for `make image`).
+# PROMPT, OUT and GUIDE, the strength of guidance (for `make image`), JOBS, how many test
+# files run at a time (for `make test`; each takes a core and up to 4 GB).
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -13,6 +14,7 @@ OUT     ?=
 GUIDE   ?= 2.5
 CONFIG  ?= configs/vae.yaml configs/clip.yaml configs/close_ups.yaml configs/unet.yaml
 TESTS   ?= tests chapters
+JOBS    ?= 2
 
 BIN     := $(VENV)/bin
 INSTALL ?= $(PYTHON) tools/install.py --venv $(VENV) --torch $(TORCH)
@@ -49,9 +51,10 @@ lab: ## install what is missing and open the course in JupyterLab (chapter 00)
 test: ## install what is missing and run every test and every chapter
 	@$(INSTALL) dev
 	$(BIN)/ruff check .
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env \
-		--nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval_sanitize.cfg $(TESTS)
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) --dist loadfile --nbval \
+		--nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg $(TESTS)
 
 test-full: ## the tests that are too long or too large for `make test`
 	@$(INSTALL) dev
