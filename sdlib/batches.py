@@ -24,7 +24,8 @@ def keyed_generator(seed: int, sample: int, purpose: int = 0) -> torch.Generator
     """A CPU generator that depends on nothing but its key.
 
     Keying by sample, not by process or by what ran before, makes a resumed run and a
-    run on several machines draw the same noise.
+    run on several machines draw the same noise. (PyTorch's generator keeps 32 bits of
+    a seed: of 100,000 keys about one pair coincides.)
     """
     key = np.random.SeedSequence((seed, sample, purpose))
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))

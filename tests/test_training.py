@@ -301,7 +301,9 @@ def test_precision_is_measured_once_and_then_recorded(tmp_path, run, monkeypatch
 
     auto = dataclasses.replace(run, precision="auto")
     monkeypatch.setattr(runs, "fastest_precision", lambda device: "bfloat16")
-    assert settle_config(auto, tmp_path, torch.device("cpu")).precision == "bfloat16"
+    first = settle_config(auto, tmp_path, torch.device("cpu"))
+    assert first.precision == "bfloat16"
+    training.write_json(tmp_path / "config.json", first.to_dict())  # as `train` does
     monkeypatch.setattr(runs, "fastest_precision", lambda device: "float32")
     assert settle_config(auto, tmp_path, torch.device("cpu")).precision == "bfloat16"
 

@@ -315,6 +315,80 @@ def test_half_precision_and_channels_last(convert):
     assert relative_error(got, expected) <= (1e-5 if dtype == torch.float32 else 0.1)
 
 
+# Gradient checkpointing ---------------------------------------------------------------
+
+def kept_and_gradients(model, *arguments, **extra):
+    """Bytes that wait for the backward pass, without the weights; the gradients."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(*arguments, **extra).square().mean()
+    for parameter in model.parameters():
+        kept.pop(parameter.data_ptr(), None)
+    loss.backward()
+    return sum(kept.values()), {k: p.grad.clone() for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+def test_checkpointing_keeps_less_and_changes_no_gradient(residuals):
+    config = small(3)
+    ours = randomize(UNet2DConditionModel(config), 0)
+    arguments, extra = inputs(config, length=7), {}
+    if residuals:
+        shapes_down = [(16, 16), (16, 16), (16, 8), (32, 8), (32, 4), (48, 4)]
+        extra = dict(down_block_additional_residuals=[torch.randn(3, c, s, s)
+                                                      for c, s in shapes_down],
+                     mid_block_additional_residual=torch.randn(3, 48, 4, 4))
+    before, expected = kept_and_gradients(ours, *arguments, **extra)
+    ours.enable_gradient_checkpointing()
+    ours.enable_gradient_checkpointing()  # twice is once
+    names = set(ours.state_dict())
+    after, got = kept_and_gradients(ours, *arguments, **extra)
+    assert after < before / 3
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        twin.conv_in.weight.zero_()  # the copy runs its own layers, not the original's
+        twin.mid_block.resnets[0].conv1.weight.zero_()
+    assert kept_and_gradients(ours, *arguments, **extra)[0] == after
+    changed = kept_and_gradients(twin, *arguments, **extra)[1]
+    assert not torch.equal(changed["conv_out.weight"], got["conv_out.weight"])
+    ours.disable_gradient_checkpointing()
+    assert kept_and_gradients(ours, *arguments, **extra)[0] == before
+    assert set(ours.state_dict()) == names == set(UNet2DConditionModel(config).state_dict())
+
+
+def test_checkpointing_in_bfloat16_and_without_gradients():
+    config = small(2)
+    ours = randomize(UNet2DConditionModel(config), 0)
+    arguments = inputs(config, length=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = kept_and_gradients(ours, *arguments)
+        ours.enable_gradient_checkpointing()
+        _, got = kept_and_gradients(ours, *arguments)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+    with torch.no_grad():
+        assert not ours(*arguments).requires_grad
+
+
+def test_a_recorder_is_called_once_with_checkpointing():
+    config = small(2)
+    ours = randomize(UNet2DConditionModel(config), 0)
+    arguments, seen = inputs(config, length=7), []
+    expected = ours(*arguments, recorder=lambda name, weights: None)
+    ours.enable_gradient_checkpointing()
+    out = ours(*arguments, recorder=lambda name, weights: seen.append(name))
+    out.square().mean().backward()
+    assert torch.equal(out, expected)
+    layers = [name for name, m in ours.named_modules() if isinstance(m, Attention)]
+    assert sorted(seen) == sorted(layers)
+
+
 # Planted traps ------------------------------------------------------------------------
 
 def quiet(model):

@@ -34,4 +34,15 @@ WRONG = {
          "    return m / (1 - d ** len(values))",
          "the order is reversed"),
     ],
+    "12_4": [
+        ("def ex_12_4(gradients, counts):\n"
+         "    return sum(gradients) / len(gradients)",
+         "plain mean of the parts"),
+        ("def ex_12_4(gradients, counts):\n"
+         "    return sum(gradients)",
+         "counts with its share of the samples"),
+        ("def ex_12_4(gradients, counts):\n"
+         "    return sum(g * n for g, n in zip(gradients, counts))",
+         "divide by the number of samples"),
+    ],
 }
