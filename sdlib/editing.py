@@ -9,13 +9,14 @@ __all__ = ['make_parser', 'edit', 'main', 'ImageToImage', 'Inpainting', 'Walk']
 import argparse
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 from .img2img import ImageToImage
 from .inpainting import Inpainting
 from .interpolation import Walk
-from .pipeline import default_model, output_paths
+from .pipeline import StableDiffusion, default_model, output_paths
 from .plan import image_seeds, save_png
 
 _all_ = ["ImageToImage", "Inpainting", "Walk"]
@@ -45,25 +46,38 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="in pixels (default: the picture's)")
     add("--number", type=int, default=1, metavar="N", help="pictures, seeds count up")
     add("--eta", type=float, default=0.0, help="fresh noise, 0 to 1 (default 0)")
+    add("--weighted", action="store_true",
+        help="read (words:1.3) as weights, and prompts of any length")
+    add("--clip-skip", type=int, default=0, metavar="N",
+        help="leave out the text encoder's last N layers (default 0)")
+    add("--rescale", type=float, default=0.0, metavar="PHI",
+        help="take the glare out of strong guidance, 0 to 1 (default 0)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     add("--out", help="PNG file (default: named after prompt and seed)")
     return parser
 
 # %% ../chapters/16_editing.ipynb #command-code
-def edit(options: argparse.Namespace) -> None:
-    """What the command does: read, load, paint, save, say how long it took."""
+def edit(options: argparse.Namespace,
+         load: Callable = StableDiffusion.from_pretrained) -> None:
+    """What the command does: read, load, paint, save, say how long it took.
+
+    `load(model, dtype, device)` returns a pipeline.
+    """
     begin = time.perf_counter()
     seeds = image_seeds(options.seed, options.number)
     paths = output_paths(options.out, options.prompt, seeds)
     if options.paste_original and not options.mask:
         raise ValueError("--paste-original needs a --mask: it says which pixels stay")
-    asked = {} if options.strength is None else {"strength": options.strength}
+    asked = {"weighted": options.weighted, "clip_skip": options.clip_skip,
+             "guidance_rescale": options.rescale}
+    if options.strength is not None:
+        asked |= {"strength": options.strength}
     if options.mask:
         asked |= {"mask_image": options.mask, "paste_original": options.paste_original}
     kind = Inpainting if options.mask else ImageToImage
-    pipe = kind.from_pretrained(options.model or default_model(),
-                                getattr(torch, options.dtype), options.device)
+    pipe = kind.from_pipe(load(options.model or default_model(),
+                               getattr(torch, options.dtype), options.device))
     loaded = time.perf_counter()
     images = pipe(options.prompt, options.image, negative_prompt=options.negative,
                   num_inference_steps=options.steps, guidance_scale=options.guidance,

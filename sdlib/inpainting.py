@@ -8,14 +8,16 @@ __all__ = ['MaskedEdits', 'Inpainting']
 # %% ../chapters/16_editing.ipynb #inpainting-imports
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from .img2img import Edit, Edits
-from .masks import fit_mask, mask_tensor, per_picture, shrink_mask
-from .plan import initial_noise
+from .latents import check_output
+from .masks import fit_mask, mask_tensor, paste_back, per_picture, shrink_mask
+from .plan import Options, initial_noise
 
 # %% ../chapters/16_editing.ipynb #inpainting-code
 class MaskedEdits(Edits):
@@ -47,7 +49,7 @@ class MaskedEdits(Edits):
         pure = strength == 1
         z0 = None if self.nine and pure else self.encode(x, generators)
         noise = initial_noise(generators, (channels, *small.shape[-2:])).to(x.device)
-        edit = Edit(steps, z0, noise)
+        edit = Edit(steps, self.scheduler, z0, noise)
         if self.nine:
             hidden = self.encode(x * (mask < 0.5), generators)
             edit.beside = torch.cat([small, hidden], dim=1)  # (B, 1 + C, h, w)
@@ -74,26 +76,28 @@ class Inpainting(MaskedEdits):
                  seed: int | Sequence[int] | None = None, height: int | None = None,
                  width: int | None = None, callback_on_step_end: Callable | None = None,
                  paste_original: bool = False, output_type: str = "pil",
-                 progress: bool = True):
+                 progress: bool = True, guidance_rescale: float = 0.0,
+                 clip_skip: int = 0, weighted: bool = False,
+                 safety_checker: Callable | None = None):
         """Paint `image` anew where `mask_image` is white (0.5 or more).
 
         One picture and mask, or one per prompt; see `picture_tensor`, `mask_tensor`,
         `fit_mask`. At `strength` 1 the hole begins as pure noise. `paste_original` puts
         the pixels outside of the mask back. The rest as in `ImageToImage`.
         """
+        count = num_images_per_prompt
+        check_output(output_type, safety_checker)
         plan, x, whole = self.ask(
-            prompt, image, height, width, num_images_per_prompt, output_type,
-            negative_prompt, seed, num_inference_steps, guidance_scale, eta)
+            prompt, image, negative_prompt, count, seed, height, width,
+            Options(num_inference_steps, guidance_scale, eta, guidance_rescale,
+                    clip_skip, weighted))
         scale = (height, width) != (None, None)
         mask = fit_mask(mask_tensor(mask_image), whole, plan.height, plan.width, scale)
-        mask = per_picture(mask, len(plan.prompts) // num_images_per_prompt,
-                           num_images_per_prompt, "masks").to(x)
-        steps = self.left(plan, strength)
-        generators = [torch.Generator().manual_seed(s) for s in plan.seeds]
+        mask = per_picture(mask, len(plan.prompts) // count, count, "masks").to(x)
+        steps, generators = self.left(plan, strength), plan.generators()
         z, edit = self.begin(x, mask, steps, strength, generators)
         if len(steps):
-            z = self.finish_way(z, edit, plan, generators, callback_on_step_end,
-                                progress)
-        pixels = (x, mask) if paste_original else ()
-        return self.hand_out(z, plan, output_type, {"strength": strength,
-                             "paste_original": paste_original}, *pixels)
+            z = self.denoise(z, plan, generators, callback_on_step_end, progress, edit)
+        notes = {"strength": strength, "paste_original": paste_original}
+        paste = partial(paste_back, original=x, mask=mask) if paste_original else None
+        return self.hand_out(z, plan, output_type, safety_checker, notes, paste)

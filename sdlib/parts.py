@@ -76,7 +76,7 @@ class Parts:
             getattr(self, name).save_pretrained(Path(folder) / name, dtype)
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         self.scheduler.save_pretrained(Path(folder) / "scheduler")
-        write_json(Path(folder) / "model_index.json", model_index(self.scheduler))
+        write_json(Path(folder) / "model_index.json", model_index(self))
 
 # %% ../chapters/13_pipeline.ipynb #folder-code
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -116,13 +116,15 @@ def check_parts(parts: "Parts") -> None:
                              f"{theirs}")
 
 
-def model_index(scheduler: Scheduler) -> dict[str, Any]:
+def model_index(parts: "Parts") -> dict[str, Any]:
     """model_index.json: which library's class reads which folder."""
-    return {"_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None],
-            "image_encoder": [None, None], "safety_checker": [None, None],
-            "requires_safety_checker": False,
+    unet = parts.unet.config  # inpainting: noisy latents, mask, picture
+    kind = "Inpaint" if unet.in_channels == 2 * unet.out_channels + 1 else ""
+    return {"_class_name": f"StableDiffusion{kind}Pipeline",
+            "feature_extractor": [None, None], "image_encoder": [None, None],
+            "safety_checker": [None, None], "requires_safety_checker": False,
             "_diffusers_version": "0.35.0",  # some of its pipelines ask for one
-            "scheduler": ["diffusers", type(scheduler).__name__],
+            "scheduler": ["diffusers", type(parts.scheduler).__name__],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],

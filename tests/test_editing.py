@@ -17,7 +17,7 @@ from sdlib import img2img as img2img_module
 from sdlib import inpainting as inpainting_module
 from sdlib.editing import main
 from sdlib.images import to_tensor
-from sdlib.img2img import Editor, ImageToImage
+from sdlib.img2img import Edit, ImageToImage, PictureLatents
 from sdlib.inpainting import Inpainting, MaskedEdits
 from sdlib.interpolation import Walk, lerp, slerp
 from sdlib.masks import fit_mask, flatten, mask_tensor, shrink_mask
@@ -203,6 +203,48 @@ def test_number_of_steps_is_that_of_diffusers(steps, strength, made, pipes):
         warnings.simplefilter("ignore")
         seen = calls(pipe, picture(count=1), strength=strength, num_inference_steps=steps)
     assert seen == pipe.scheduler.timesteps.tolist()[steps - made:]
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_prompts_and_guidance_have_the_options_of_text_to_image(kind, pipes):
+    """At strength 1 and zero terminal SNR an edit begins where text to image does."""
+    pipe = ours(pipes, kind)
+    plain = StableDiffusion(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer,
+                            pipe.scheduler)
+    pictures = (picture(count=1),) if kind == "image" else (picture(count=1), torch.ones(32, 32))
+    prompt = "a (fox:1.4) to the left of a [pizza], blue background, two red hearts, a bus"
+    base = dict(weighted=True, clip_skip=1, guidance_rescale=0.8, guidance_scale=6.0,
+                negative_prompt="(a large owl:1.2)")
+    noise, seen = second_noise(pipe, 5), []
+    for options in (base, base | {"weighted": False, "negative_prompt": ""},
+                    base | {"clip_skip": 0}, base | {"guidance_rescale": 0.0}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")        # without `weighted` the prompt is cut
+            free = ask(plain, prompt, latents=noise, **options)
+            got = ask(pipe, prompt, *pictures, strength=1.0, **options)
+        assert relative_error(got, free) <= 1e-5
+        seen.append(free)
+    assert all(relative_error(z, seen[0]) > 0.01 for z in seen[1:])
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_the_safety_checker_sees_what_is_handed_out(kind, pipes):
+    x, seen = picture(count=1), []
+    pictures = (x,) if kind == "image" else (x, hole())
+    options = dict(strength=0.5, output_type="pt")
+    if kind != "image":
+        options["paste_original"] = True
+    plain = ask(ours(pipes, kind), FOX, *pictures, **options)
+
+    def checker(shown):
+        seen.append(shown)
+        return torch.zeros_like(shown)
+
+    with pytest.warns(UserWarning, match="replaced 1 of 1 pictures"):
+        got = ask(ours(pipes, kind), FOX, *pictures, safety_checker=checker, **options)
+    assert torch.equal(seen[0], plain.clamp(-1, 1)) and (got == 0).all()
+    with pytest.raises(ValueError, match="the safety checker sees pictures, not latents"):
+        ask(ours(pipes, kind), FOX, *pictures, safety_checker=checker)
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -489,6 +531,10 @@ def test_a_walk_begins_and_ends_where_it_should(pipes, tmp_path):
     images = walk(FOX, (3, 9), frames=3, **(options | {"output_type": "pil"}))
     values = json.loads(images[1].info["parameters"])
     assert values["share"] == 0.5 and values["to_seed"] == 9 and values["seed"] == 3
+    with pytest.raises(ValueError, match="a walk draws its noise from two seeds"):
+        walk(FOX, 3, frames=2, latents=torch.zeros(2, 4, 8, 8), **options)
+    z = walk((f"({FOX}:1.2) {FOX}", "a pizza"), 3, frames=3, weighted=True, **options)
+    assert relative_error(z[-1:], plain("a pizza", seed=3, **options)) <= 1e-5
     for wrong in ((FOX, 3, 1), ((FOX,), 3, 4), (FOX, (1, 2, 3), 4)):
         with pytest.raises(ValueError, match="a walk leads from one prompt and seed"):
             walk(*wrong)
@@ -511,9 +557,13 @@ def test_command(folder, files, capsys):
     assert "a.png: 32x32, seed 3" in printed and "painted in" in printed
     values = read_parameters(files / "a.png")
     assert values["strength"] == 0.5 and values["prompt"] == FOX and values["seed"] == 3
-    main([str(files / "in.png"), "a pizza", "--mask", str(files / "mask.png"), *common,
-          "--paste-original", "--number", "2", "--out", str(files / "b.png")])
+    assert values["weighted"] is False and values["clip_skip"] == 0
+    main([str(files / "in.png"), "a (pizza:1.2)", "--mask", str(files / "mask.png"), *common,
+          "--paste-original", "--number", "2", "--out", str(files / "b.png"), "--weighted",
+          "--clip-skip", "1", "--rescale", "0.5"])
     values = read_parameters(files / "b-4.png")
+    assert values["weighted"] is True and values["guidance_rescale"] == 0.5
+    assert values["clip_skip"] == 1
     assert values["strength"] == 1.0 and values["paste_original"] is True
 
 
@@ -541,25 +591,23 @@ def test_command_explains_in_one_line(folder, files, arguments, message):
 
 def wrong_level(patch, pipe):
     """Known region at the level of the step just made, not the next."""
-    patch.setattr(Editor, "known", lambda self, edit, i: self.scheduler.add_noise(
-        edit.z0, edit.noise, edit.timesteps[i:i + 1]))
+    patch.setattr(Edit, "known", lambda self, i: self.scheduler.add_noise(
+        self.z0, self.noise, self.timesteps[i:i + 1]))
 
 
 def never_clean(patch, pipe):
-    right = Editor.known
-
-    def known(self, edit, i):
-        return right(self, edit, min(i, len(edit.timesteps) - 2))
-    patch.setattr(Editor, "known", known)
+    right = Edit.known
+    patch.setattr(Edit, "known", lambda self, i: right(
+        self, min(i, len(self.timesteps) - 2)))
 
 
 def new_noise(patch, pipe):
-    right = Editor.known
+    right = Edit.known
 
-    def known(self, edit, i):
-        edit.noise = torch.randn(edit.noise.shape, generator=torch.Generator().manual_seed(i))
-        return right(self, edit, i)
-    patch.setattr(Editor, "known", known)
+    def known(self, i):
+        self.noise = torch.randn(self.noise.shape, generator=torch.Generator().manual_seed(i))
+        return right(self, i)
+    patch.setattr(Edit, "known", known)
 
 
 def swapped_mask(patch, pipe):
@@ -567,12 +615,13 @@ def swapped_mask(patch, pipe):
 
 
 def mean_of_the_encoder(patch, pipe):
-    patch.setattr(Editor, "encode", lambda self, x, g: self.vae.encode(x).mode() * 0.7)
+    patch.setattr(PictureLatents, "encode",
+                  lambda self, x, g: self.vae.encode(x).mode() * 0.7)
 
 
 def unscaled(patch, pipe):
-    right = Editor.encode
-    patch.setattr(Editor, "encode", lambda self, x, g: right(self, x, g) / 0.7)
+    right = PictureLatents.encode
+    patch.setattr(PictureLatents, "encode", lambda self, x, g: right(self, x, g) / 0.7)
 
 
 def noise_of_the_seed_again(patch, pipe):
@@ -606,13 +655,13 @@ def other_order(patch, pipe):
 
 
 def unmasked_picture(patch, pipe):
-    right = Editor.encode
+    right = PictureLatents.encode
     pictures = []
 
     def encode(self, x, generators):
         pictures.append(x)
         return right(self, pictures[0], generators)
-    patch.setattr(Editor, "encode", encode)
+    patch.setattr(PictureLatents, "encode", encode)
 
 
 @pytest.mark.parametrize("kind, trap", [

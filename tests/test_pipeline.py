@@ -12,11 +12,18 @@ import torch
 from helpers import randomize, relative_error
 from PIL import Image
 
+from sdlib import latents as latents_module
 from sdlib import pipeline as pipeline_module
 from sdlib.clip import CLIPTextConfig, CLIPTextModel
 from sdlib.images import to_tensor
 from sdlib.parts import read_scheduler
-from sdlib.pipeline import StableDiffusion, guided_prediction, main, output_paths
+from sdlib.pipeline import (
+    StableDiffusion,
+    guided_prediction,
+    main,
+    output_paths,
+    rescale_guidance,
+)
 from sdlib.plan import image_seeds, initial_noise, read_parameters, save_png
 from sdlib.prompts import encode_prompts, expand_prompts
 from sdlib.schedulers import DDIMConfig, DDIMScheduler, DDPMConfig, DDPMScheduler
@@ -100,6 +107,10 @@ SETTINGS = {
     "oblong": dict(num_inference_steps=4, guidance_scale=3.0, height=24, width=56),
     "two-each": dict(num_inference_steps=4, guidance_scale=3.0, num_images_per_prompt=2),
     "one-step": dict(num_inference_steps=1, guidance_scale=3.0),
+    "rescaled": dict(num_inference_steps=6, guidance_scale=7.5, guidance_rescale=0.7),
+    "rescaled-fully": dict(num_inference_steps=4, guidance_scale=9.0, guidance_rescale=1.0,
+                           eta=0.5),
+    "rescale-unguided": dict(num_inference_steps=4, guidance_scale=1.0, guidance_rescale=0.7),
 }
 
 
@@ -173,6 +184,18 @@ def test_folder_survives_a_round_trip(pipe, folder):
     assert index["safety_checker"] == [None, None]
 
 
+@pytest.mark.parametrize("channels, kind", [(4, ""), (9, "Inpaint"), (8, "")])
+def test_the_index_names_the_pipeline_of_the_unet(channels, kind, tmp_path):
+    make_pipe(in_channels=channels).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == f"StableDiffusion{kind}Pipeline"
+    again = StableDiffusion.from_pretrained(tmp_path)
+    assert again.unet.config.in_channels == channels
+    if channels == 9:
+        reference = diffusers.DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+        assert isinstance(reference, diffusers.StableDiffusionInpaintPipeline)
+
+
 def test_saving_over_a_folder_keeps_what_is_not_ours(pipe, folder, tmp_path):
     (tmp_path / "image_encoder").mkdir()
     (tmp_path / "README.md").write_text("a card")
@@ -216,6 +239,19 @@ def test_negative_prompts(pipe):
     assert relative_error(same, ask(pipe, guidance_scale=1.0)) <= 1e-4
     assert torch.equal(ask(pipe, negative_prompt="a pizza", guidance_scale=1.0),
                        ask(pipe, guidance_scale=1.0))
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction():
+    g = torch.Generator().manual_seed(0)
+    text, guided = torch.randn(2, 3, 4, 8, 8, generator=g) * torch.tensor([1, 2, 5.])[
+        :, None, None, None]
+    guided = 4 * guided + 1
+    for share in (0.0, 0.3, 1.0):
+        got = rescale_guidance(guided, text, share)
+        spread = [x.flatten(1).std(dim=1) for x in (got, text, guided)]
+        assert relative_error(spread[0], share * spread[1] + (1 - share) * spread[2]) <= 1e-5
+    assert relative_error(rescale_guidance(guided.half(), text.half(), 0.7),
+                          rescale_guidance(guided, text, 0.7)) < 2e-3
 
 
 # Seeds, batches, kinds of output ------------------------------------------------------
@@ -264,6 +300,97 @@ def test_kinds_of_output_agree(pipe):
 def test_given_latents_replace_the_noise(pipe):
     noise = initial_noise([torch.Generator().manual_seed(0)], (4, 8, 8))
     assert torch.equal(ask(pipe, latents=noise, seed=99), ask(pipe, seed=0))
+
+
+def test_a_picture_from_given_latents_records_no_seed(pipe):
+    options = dict(output_type="pil", seed=3)
+    values = json.loads(ask(pipe, latents=torch.zeros(1, 4, 8, 8), **options)[0].info["parameters"])
+    assert "seed" not in values and values["latents"] == "given"
+    values = json.loads(ask(pipe, **options)[0].info["parameters"])
+    assert values["seed"] == 3 and "latents" not in values
+
+
+def half_vae(pipe, dtype, spoil=3e4):
+    """The pipe with a VAE in `dtype` whose first layer leaves float16's range."""
+    vae = copy.deepcopy(pipe.vae)
+    with torch.no_grad():
+        for parameter in vae.decoder.conv_in.parameters():  # a GroupNorm follows: in
+            parameter *= spoil                              # float32 it undoes the factor
+    return StableDiffusion(pipe.unet, vae.to(dtype), pipe.text_encoder, pipe.tokenizer,
+                           pipe.scheduler)
+
+
+def test_a_vae_that_overflows_is_repeated_in_float32(pipe):
+    low = half_vae(pipe, torch.float16)
+    before = copy.deepcopy(low.vae.state_dict())
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    z[1] *= 1e-4                                   # this one stays in range
+    with torch.no_grad():
+        assert low.vae.decode((z / 0.7).half()).isfinite().flatten(1).all(1).tolist() == [
+            False, True, False]
+        expected = copy.deepcopy(low.vae).float().decode(z / 0.7)
+        within = low.vae.decode((z[1:2] / 0.7).half()).float()
+    with pytest.warns(UserWarning, match="in torch.float16 .* 2 of 3 pictures .* float32"):
+        got = low.decode(z)
+    assert got.dtype == torch.float32
+    assert relative_error(got[[0, 2]], expected[[0, 2]]) <= 1e-4
+    assert relative_error(got[1:2], within) <= 1e-2
+    after = low.vae.state_dict()
+    assert all(torch.equal(before[k], after[k]) and after[k].dtype == torch.float16
+               for k in before)
+
+
+def test_no_warning_where_nothing_overflows_or_nothing_can_be_mended(pipe):
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        half_vae(pipe, torch.float16, 1.0).decode(z)
+        half_vae(pipe, torch.float32).decode(z)
+        assert not half_vae(pipe, torch.float16).decode(z * math.nan).isfinite().any()
+
+
+# Safety checker -----------------------------------------------------------------------
+
+def test_safety_checker_sees_finished_pictures_and_may_replace_them(pipe):
+    seen = []
+
+    def black_second(pictures):
+        seen.append(pictures.clone())
+        pictures[1] = -1                           # a copy: changing it in place is allowed
+        return pictures
+
+    options = dict(seed=1, num_images_per_prompt=3)
+    plain = ask(pipe, output_type="pt", **options)
+    with pytest.warns(UserWarning, match=r"replaced 1 of 3 pictures: number \[1\], from 0"):
+        got = ask(pipe, output_type="pt", safety_checker=black_second, **options)
+    assert seen[0].dtype == torch.float32 and torch.equal(seen[0], plain.clamp(-1, 1))
+    assert (got[1] == -1).all() and torch.equal(got[[0, 2]], plain[[0, 2]])
+    with pytest.warns(UserWarning, match="safety checker"):
+        images = ask(pipe, output_type="pil", safety_checker=black_second, **options)
+    values = [json.loads(image.info["parameters"]) for image in images]
+    assert ["replaced" in v for v in values] == [False, True, False]
+    assert images[1].getextrema() == ((0, 0),) * 3
+
+
+def test_safety_checker_that_replaces_nothing_is_quiet(pipe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = ask(pipe, output_type="pt", safety_checker=lambda pictures: pictures)
+    assert torch.equal(got, ask(pipe, output_type="pt"))
+
+
+@pytest.mark.parametrize("checker, message", [
+    (lambda x: None, "must return pictures of shape .* not NoneType"),
+    (lambda x: x[:, :1], r"not \(1, 1, 32, 32\)"), (lambda x: (x, [True]), "not tuple"),
+    (lambda x: x * math.nan, "NaN or infinity")])
+def test_a_safety_checker_that_breaks_its_contract_is_noticed(checker, message, pipe):
+    with pytest.raises(ValueError, match=message):
+        ask(pipe, output_type="pt", safety_checker=checker)
+
+
+def test_latents_do_not_pass_a_safety_checker_unseen(pipe):
+    with pytest.raises(ValueError, match="the safety checker sees pictures, not latents"):
+        ask(pipe, output_type="latent", safety_checker=lambda pictures: pictures)
 
 
 def test_lower_precision_stays_close(pipe):
@@ -315,7 +442,8 @@ def test_png_remembers_how_it_was_painted(pipe, tmp_path):
         values = read_parameters(tmp_path / "new folder" / "a.png")
         assert values == {"prompt": prompt, "negative_prompt": "a pizza", "seed": 7,
                           "guidance_scale": 3.5, "eta": 0.25, "steps": 4, "height": 24,
-                          "width": 32, "scheduler": "DDIMScheduler", "model": "miniature"}
+                          "width": 32, "scheduler": "DDIMScheduler", "model": "miniature",
+                          "guidance_rescale": 0.0, "clip_skip": 0, "weighted": False}
         again = pipe(values["prompt"], values["negative_prompt"], values["height"],
                      values["width"], values["steps"], values["guidance_scale"],
                      eta=values["eta"], seed=values["seed"], progress=False)[0]
@@ -380,6 +508,9 @@ def test_long_prompt_is_cut_and_says_what_was_lost(pipe):
     (dict(guidance_scale=-1.0), "guidance_scale must be a number from 0 up, not -1.0"),
     (dict(guidance_scale=math.nan), "guidance_scale must be a number"),
     (dict(eta=1.5), "eta must lie between 0 and 1"),
+    (dict(guidance_rescale=1.1), "guidance_rescale must lie between 0 and 1, not 1.1"),
+    (dict(guidance_rescale=-0.1), "guidance_rescale must lie between 0 and 1"),
+    (dict(guidance_rescale=math.nan), "guidance_rescale must lie between 0 and 1"),
     (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
     (dict(seed=-1), "whole numbers from 0"),
     (dict(output_type="jpeg"), "output_type 'jpeg': use pil, pt or latent"),
@@ -453,13 +584,18 @@ def test_an_unknown_scheduler_is_replaced_with_a_warning(tmp_path):
 def test_command_paints_and_says_how_long(folder, tmp_path, capsys):
     out = tmp_path / "fox.png"
     main([FOX, "--model", str(folder), "--seed", "3", "--steps", "2", "--guidance", "4",
-          "--negative", "a pizza", "--out", str(out)])
+          "--negative", "a pizza", "--out", str(out), "--weighted", "--clip-skip", "1",
+          "--rescale", "0.5"])
     printed = capsys.readouterr().out
     assert "fox.png: 32x32, seed 3, 2 steps" in printed and "painted in" in printed
     values = read_parameters(out)
     assert values["prompt"] == FOX and values["seed"] == 3 and values["steps"] == 2
     assert values["guidance_scale"] == 4 and values["negative_prompt"] == "a pizza"
-    assert values["model"] == "miniature"
+    assert values["model"] == "miniature" and values["weighted"] is True
+    assert values["clip_skip"] == 1 and values["guidance_rescale"] == 0.5
+    main(["a (fox", "--model", str(folder), "--seed", "3", "--steps", "2", "--out", str(out)])
+    values = read_parameters(out)                  # without --weighted a prompt is literal
+    assert values["prompt"] == "a (fox" and values["weighted"] is False
 
 
 def test_command_as_a_process(folder, tmp_path):
@@ -476,7 +612,10 @@ def test_command_as_a_process(folder, tmp_path):
     (["--model", "nowhere"], "there is no model folder 'nowhere'"),
     (["--steps", "-2"], "num_inference_steps"), (["--out", "fox.jpg"], "must name a .png"),
     (["--height", "31"], "height must be a positive multiple of 4"),
-    (["--number", "0"], "num_images_per_prompt must be 1 or more")])
+    (["--number", "0"], "num_images_per_prompt must be 1 or more"),
+    (["--clip-skip", "9"], "clip_skip must be 0 to 1"),
+    (["--rescale", "2"], "guidance_rescale must lie between 0 and 1"),
+    (["--weighted", "--negative", "(a"], "is never closed")])
 def test_command_explains_in_one_line(folder, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main([FOX, "--model", str(folder), *arguments])
@@ -497,13 +636,14 @@ def test_names_of_pictures():
 def guidance_reversed(patch, pipe):
     right = guided_prediction
     patch.setattr(pipeline_module, "guided_prediction",
-                  lambda unet, z, t, text, neg, w: right(unet, z, t, neg, text, w))
+                  lambda unet, z, t, text, neg, *w: right(unet, z, t, neg, text, *w))
 
 
 def guidance_one_off(patch, pipe):
     right = guided_prediction  # the paper counts from the conditional side: 1 + w
     patch.setattr(pipeline_module, "guided_prediction",
-                  lambda unet, z, t, text, neg, w: right(unet, z, t, text, neg, w + 1))
+                  lambda unet, z, t, text, neg, w, phi: right(
+                      unet, z, t, text, neg, w + 1, phi))
 
 
 def wrong_scaling(patch, pipe):
@@ -511,8 +651,8 @@ def wrong_scaling(patch, pipe):
 
 
 def no_padding(patch, pipe):
-    patch.setattr(pipeline_module, "encode_prompts", lambda tokenizer, encoder, texts:
-                  encode_prompts(tokenizer, encoder, texts)[:, :10])
+    patch.setattr(latents_module, "encode_prompts", lambda tokenizer, encoder, texts, skip:
+                  encode_prompts(tokenizer, encoder, texts, skip)[:, :10])
 
 
 def skipped_norm(patch, pipe):
@@ -520,13 +660,50 @@ def skipped_norm(patch, pipe):
 
 
 def noise_of_the_batch(patch, pipe):
-    patch.setattr(pipeline_module, "initial_noise", lambda generators, shape: torch.randn(
+    patch.setattr(latents_module, "initial_noise", lambda generators, shape: torch.randn(
         (len(generators), *shape), generator=torch.Generator().manual_seed(5)))
 
 
 def leading_steps(patch, pipe):
     patch.setattr(pipe, "scheduler", DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="leading"))
+
+
+def rescaled(patch, pipe, rule):
+    patch.setattr(pipeline_module, "rescale_guidance", rule)
+
+
+def rescaled_as_a_batch(patch, pipe):
+    rescaled(patch, pipe, lambda x, text, share: x * (share * text.std() / x.std() + 1 - share))
+
+
+def rescaled_channel_by_channel(patch, pipe):
+    rescaled(patch, pipe, lambda x, text, share: x * (1 - share + share * text.std(
+        (2, 3), keepdim=True) / x.std((2, 3), keepdim=True)))
+
+
+def rescaled_the_other_way(patch, pipe):
+    rescaled(patch, pipe, lambda x, text, share: rescale_guidance(x, text, 1 - share))
+
+
+def rescaled_and_centered(patch, pipe):
+    rescaled(patch, pipe, lambda x, text, share: rescale_guidance(
+        x - x.mean((1, 2, 3), keepdim=True), text, share))
+
+
+def not_rescaled(patch, pipe):
+    rescaled(patch, pipe, lambda x, text, share: x)
+
+
+@pytest.mark.parametrize("trap", [rescaled_as_a_batch, rescaled_channel_by_channel,
+                                  rescaled_the_other_way, rescaled_and_centered, not_rescaled],
+                         ids=lambda trap: trap.__name__)
+def test_planted_trap_of_rescaling_is_noticed(trap, pipe, theirs, monkeypatch):
+    options = dict(num_inference_steps=4, guidance_scale=6.0, guidance_rescale=0.7)
+    expected = ask_theirs(theirs, [FOX, "a pizza"], [5, 6], **options)
+    trap(monkeypatch, pipe)
+    got = ask(pipe, [FOX, "a pizza"], seed=[5, 6], **options)
+    assert relative_error(got, expected) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("trap", [guidance_reversed, guidance_one_off, wrong_scaling,

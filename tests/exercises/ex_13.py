@@ -1,8 +1,8 @@
 """Plausible wrong answers to the exercises of chapter 13, and what each must be told."""
 
-_RESCALE = ("def ex_13_3(guided, e_text, phi):\n"
-            "    rescaled = guided * {wanted} / {spread}\n"
-            "    return {mix}")
+_CUT = ("def ex_13_4(ids, comma, room, back):\n    chunks = []\n    while len(ids) > room:\n"
+        "        cut = next(({at} for k in {places} if ids[k - 1] == comma), room)\n"
+        "        chunks, ids = chunks + [ids[:cut]], ids[cut:]\n    return chunks + [ids]")
 
 WRONG = {
     "13_1": [
@@ -36,42 +36,54 @@ WRONG = {
          "    return [w for t in timesteps if low <= t <= high], 6", "five steps need five"),
     ],
     "13_3": [
-        (_RESCALE.format(wanted="e_text.std()", spread="guided.std()",
-                         mix="phi * rescaled + (1 - phi) * guided"), "for the whole batch"),
-        (_RESCALE.format(wanted="e_text.std((2, 3), keepdim=True)",
-                         spread="guided.std((2, 3), keepdim=True)",
-                         mix="phi * rescaled + (1 - phi) * guided"), "per channel"),
-        (_RESCALE.format(wanted="e_text.std((1, 2, 3), keepdim=True)",
-                         spread="guided.std((1, 2, 3), keepdim=True)", mix="rescaled"),
-         "at phi = 0 the prediction must stay"),
-        (_RESCALE.format(wanted="e_text.std((1, 2, 3), keepdim=True)",
-                         spread="guided.std((1, 2, 3), keepdim=True)",
-                         mix="(1 - phi) * rescaled + phi * guided"),
-         "nothing has changed at phi = 1"),
-        (_RESCALE.format(wanted="e_text.var((1, 2, 3), keepdim=True)",
-                         spread="guided.var((1, 2, 3), keepdim=True)",
-                         mix="phi * rescaled + (1 - phi) * guided"),
-         "must have the standard deviation"),
+        ("def ex_13_3(states, weights):\n    return states * weights[..., None]",
+         "restore it"),
+        ("def ex_13_3(states, weights):\n    scaled = states * weights[..., None]\n"
+         "    return scaled * states.mean() / scaled.mean()", "one mean for the whole batch"),
+        ("def ex_13_3(states, weights):\n    scaled = states * weights[..., None]\n"
+         "    return scaled * states.mean(2, keepdim=True) / scaled.mean(2, keepdim=True)",
+         "token by token takes the weights away"),
+        ("def ex_13_3(states, weights):\n    scaled = states * weights[..., None]\n"
+         "    return scaled + (states - scaled).mean((1, 2), keepdim=True)",
+         "you added what was missing"),
+        ("def ex_13_3(states, weights):\n    scaled = states * weights[..., None]\n"
+         "    return scaled * states.std((1, 2), keepdim=True) / scaled.std((1, 2), "
+         "keepdim=True)", "must have its old mean"),
+        ("def ex_13_3(states, weights):\n    scaled = states * weights[..., None]\n"
+         "    return scaled * states.mean(1, keepdim=True) / scaled.mean(1, keepdim=True)",
+         "one factor for all of a prompt"),
     ],
     "13_4": [
-        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+        ("def ex_13_4(ids, comma, room, back):\n"
+         "    return [ids[k:k + room] for k in range(0, len(ids), room)]",
+         "has a comma near its end"),
+        (_CUT.format(at="k - 1", places="range(room, room - back, -1)"),
+         "stays in the chunk before the cut"),
+        (_CUT.format(at="k", places="range(1, room + 1)"), "not the first"),
+        (_CUT.format(at="k", places="range(room, 0, -1)"), "too far back"),
+        ("def ex_13_4(ids, comma, room, back):\n    chunks = []\n    while len(ids) > room:\n"
+         "        chunks.append(ids[:room])\n        ids = ids[room:]\n    return chunks",
+         "ids got lost"),
+    ],
+    "13_5": [
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    e = unet(z, t, empty.expand(len(z), -1, -1))\n"
          "    return e + sum(w * (unet(z, t, c.expand(len(z), -1, -1)) - e)\n"
          "                   for w, c in zip(weights, contexts))", "3 calls of the U-Net"),
-        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    both = torch.cat([c.expand(len(z), -1, -1) for c in [empty, *contexts]])\n"
          "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(3)\n"
          "    return sum(w * (o - e) for w, o in zip(weights, others))",
          "the differences alone"),
-        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    both = torch.cat([c.expand(len(z), -1, -1) for c in [empty, *contexts]])\n"
          "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(3)\n"
          "    return e + sum(w * o for w, o in zip(weights, others))",
          "*difference* from the empty one"),
-        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    return unet(z.repeat(3, 1, 1, 1), t, torch.cat([empty, *contexts]))",
          "one context per latent"),
-        ("def ex_13_4(unet, z, t, empty, contexts, weights):\n"
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    both = torch.cat([empty, *contexts]).repeat_interleave(len(z), 0)\n"
          "    latents = z.repeat_interleave(3, 0)\n"
          "    e, *others = unet(latents, t, both).chunk(3)\n"
