@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .blueprints import Blueprint, suit_inpainting
+from .blueprints import Blueprint, explained, suit_inpainting
 from .clip import CLIP
 from sdlib.clip_towers import (
     CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection,
@@ -38,12 +38,17 @@ def fill(wanted: Wanted, table: dict[str, tuple[str, str]],
          device: str | torch.device, source: str | Path) -> nn.Module:
     """The module with its weights, taken over one tensor at a time.
 
-    No more than the module and one tensor are in memory at any time.
+    No more than the module and one tensor are in memory at any time. CheckpointError
+    for numbers that are not finite, or too large for the precision.
     """
     state, uses = {}, Counter(theirs for theirs, _ in table.values())
     for ours, (theirs, change) in table.items():
         state[ours] = take(to_ours(change, tensors[theirs]), dtype or torch.float32,
                            device)
+        if not all(x.isfinite() for x in state[ours].aminmax()):
+            raise CheckpointError(source, f"has numbers in {theirs} that are not "
+                                  f"finite in {state[ours].dtype}", "Without dtype "
+                                  "they may fit; if not, the file is damaged")
         uses[theirs] -= 1
         if not uses[theirs]:
             release(tensors[theirs])
@@ -61,6 +66,9 @@ def assemble(path: str | Path, wanted: list[Wanted], tensors: dict[str, torch.Te
     """
     if foreign := other_family(tensors):
         raise CheckpointError(path, *foreign, report)
+    for part in wanted:
+        with explained(path, f"the {part.part}"):
+            part.shapes  # noqa: B018 - builds the network, without memory
     fits = [choose(part, tensors, ema) for part in wanted]
     for part, found in zip(wanted, fits):
         report.add(part, found)
@@ -131,12 +139,14 @@ def load_checkpoint(source: str | Path, dtype: torch.dtype | None = None,
 
     `source` may also be a name that `hub.locate` knows, such as "sd15".
     `like` (a model folder or CompVis' YAML file) gives the shapes of another model.
-    `ema`: averaged weights where the file has them. `sha256`: what a file must have.
+    `ema`: averaged weights where the file has them. `sha256`: that of a single file.
     dtype None is float32, device None the GPU if there is one. Nothing in the files is
     run. Raises FileNotFoundError, or CheckpointError that says what to do.
     """
     path, device = locate(source), device or default_device()
     if path.is_dir():
+        if sha256:
+            raise ValueError("sha256 is for a single file; a folder has several")
         plan = Blueprint.like(path)
         parts, report = load_folder(path, dtype, device, plan, variant)
     else:

@@ -103,6 +103,9 @@ def fit(wanted: Wanted, layout: Layout, tensors: dict[str, torch.Tensor]) -> Fit
         if theirs not in tensors:
             missing.append(f"{wanted.part}.{ours} (there: {theirs})")
             continue
+        if not tensors[theirs].is_floating_point():
+            misshapen.append(f"{theirs} holds {tensors[theirs].dtype}, no weights")
+            continue
         shape = tuple(to_ours(change, tensors[theirs]).shape)
         if shape != wanted.shapes[ours]:
             misshapen.append(f"{theirs} has shape {shape}, not {wanted.shapes[ours]}")

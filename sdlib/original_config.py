@@ -48,7 +48,7 @@ def check_tokens(text: str) -> None:
             raise ValueError("it uses aliases")
         name = type(token).__name__
         depth += name.endswith(("SequenceStartToken", "MappingStartToken"))
-        depth -= name.endswith("EndToken") and name != "StreamEndToken"
+        depth -= name.endswith(("BlockEndToken", "SequenceEndToken", "MappingEndToken"))
         if depth > 50:
             raise ValueError("it is nested too deeply")
 
@@ -76,8 +76,10 @@ def read_original_config(path: str | Path) -> dict[str, Config]:
 
 # %% ../chapters/15_real_weights.ipynb #original-parts-code
 def _widths(base: int, factors: list[int]) -> tuple[int, ...]:
-    if len(factors) > 16:
-        raise ValueError(f"{len(factors)} levels")
+    """Numbers only: a list, or a text, times a billion would fill the memory."""
+    sound = all(type(x) is int and 0 < x < 100_000 for x in (base, *factors))
+    if len(factors) > 16 or not sound:
+        raise ValueError("impossible widths")
     return tuple(base * factor for factor in factors)
 
 

@@ -42,20 +42,24 @@ def distance(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
 
 # %% ../chapters/15_real_weights.ipynb #record-code
 def record(model: nn.Module, run: Callable[[nn.Module], Any]
-           ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Layer name -> (its input, its output), in the order in which layers finish.
+           ) -> dict[str, tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """Layer name -> (its inputs, its output), in the order in which layers finish.
 
     `run(model)` calls the model. A layer used twice gets "#2" behind its name.
     """
     seen, counts, hooks = {}, Counter(), []
 
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().float().cpu().clone()
+
     def watch(name: str) -> Callable:
         def hook(module, args, kwargs, output):
             counts[name] += 1
             key = name if counts[name] == 1 else f"{name} #{counts[name]}"
-            given = first_tensor([*args, *kwargs.values()])
-            seen[key] = tuple(x if x is None else x.detach().float().cpu().clone()
-                              for x in (given, first_tensor(output)))
+            given = map(first_tensor, [*args, *kwargs.values()])
+            result = first_tensor(output)
+            seen[key] = ([keep(x) for x in given if x is not None],
+                         result if result is None else keep(result))
         return hook
 
     try:
@@ -74,7 +78,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]
 class Row:
     """A layer that both models have, and how far its inputs and outputs are apart."""
     name: str
-    input: float
+    input: float  # the largest difference of any input
     output: float
 
 
@@ -85,7 +89,7 @@ def side_by_side(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], 
     `run_theirs` is for a reference that must be called differently.
     """
     mine, other = record(ours, run), record(theirs, run_theirs or run)
-    return [Row(name, distance(mine[name][0], other[name][0]),
+    return [Row(name, max(map(distance, mine[name][0], other[name][0]), default=0.0),
                 distance(mine[name][1], other[name][1]))
             for name in mine if name in other]
 

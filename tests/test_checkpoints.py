@@ -5,12 +5,14 @@ diffusers and transformers, whose converters are the measure; never from our rul
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
 import random
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy
 import original
 import pytest
 import torch
@@ -100,6 +103,7 @@ def noise(named_shapes, seed=0):
     return {k: torch.randn(s, generator=g) * 0.1 for k, s in named_shapes.items()}
 
 
+@functools.cache
 def unet_shapes(config, make=original.compvis_unet):
     base = config.block_out_channels[0]
     return make(config.in_channels, config.out_channels, base,
@@ -108,12 +112,14 @@ def unet_shapes(config, make=original.compvis_unet):
                 config.cross_attention_dim)
 
 
+@functools.cache
 def vae_shapes(config):
     base = config.block_out_channels[0]
     return original.compvis_vae(base, [w // base for w in config.block_out_channels],
                                 config.layers_per_block, config.latent_channels)
 
 
+@functools.cache
 def text_shapes(config):
     """The names of transformers' CLIPTextModel, without the prefix of older versions."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -124,7 +130,13 @@ def text_shapes(config):
 
 
 def compvis(configs=CONFIGS, seed=0):
-    """A state dict as the original would save it."""
+    """A state dict as the original would save it; the tensors are shared: no writing."""
+    return dict(compvis_once(configs["unet"], configs["vae"], configs["text_encoder"], seed))
+
+
+@functools.cache
+def compvis_once(unet, vae, text, seed):
+    configs = {"unet": unet, "vae": vae, "text_encoder": text}
     names = {UNET + k: s for k, s in unet_shapes(configs["unet"]).items()}
     names |= {VAE + k: s for k, s in vae_shapes(configs["vae"]).items()}
     names |= {TEXT_LONG + k: s for k, s in text_shapes(configs["text_encoder"]).items()}
@@ -268,6 +280,23 @@ def test_training_checkpoint_with_everything(tmp_path, plan, lightning, ema):
     assert ignored + len(report.used) == len(state | averaged | extra)
 
 
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numbers_of_numpy_beside_the_weights(tmp_path, module):
+    """As the best score among Lightning's callbacks; NumPy is not asked to make them."""
+    value = numpy.float64(0.25)
+    name = value.__reduce__()[0].__module__.encode()
+    content = pickle.dumps({"a": 1, "best": value, "again": value, "raw": b"\xff\0x"}, 2)
+    assert b"_codecs\nencode" in content and b"dtype" in content
+    path = archive(tmp_path / "a.ckpt", content.replace(name, module))
+    with pytest.raises(CheckpointError, match="holds no named tensors"):
+        read_tensors(path)
+    whole = tensor_pickle([16], [1], 16)[:-1]  # {"w": tensor} and the other dictionary
+    path = archive(tmp_path / "b.ckpt", whole + text("rest")
+                   + re.sub(b"^..|.$", b"", content.replace(name, module), flags=re.S) + b"s.")
+    tensors, others = read_tensors(path)
+    assert set(tensors) == {"w"} and others == ["rest"]
+
+
 def test_incomplete_averaged_weights_are_an_error(tmp_path, plan):
     state, averaged, _ = messy()
     averaged.pop(sorted(averaged)[5])
@@ -346,6 +375,29 @@ def test_checksum_is_compared(tmp_path, plan):
     load(path, plan, sha256=good.upper())
     with pytest.raises(CheckpointError, match="does not have the SHA-256"):
         load(path, plan, sha256="0" * 64)
+    with pytest.raises(ValueError, match="a folder has several"):
+        load(tmp_path, plan, sha256=good)
+
+
+@pytest.mark.parametrize("wanted", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
+def test_numbers_that_do_not_fit_are_refused(tmp_path, wanted, value):
+    state = noise(vae_shapes(CONFIGS["vae"]))
+    state["decoder.conv_in.weight"][1, 2, 0, 1] = value
+    path = write(tmp_path / "a.safetensors", state)
+    if value == 1e6 and wanted is not torch.float16:
+        load_part("vae", path, wanted, config=CONFIGS["vae"])
+    else:
+        with pytest.raises(CheckpointError, match="decoder.conv_in.weight that are not"):
+            load_part("vae", path, wanted, config=CONFIGS["vae"])
+
+
+def test_integers_are_no_weights(tmp_path):
+    state = noise(vae_shapes(CONFIGS["vae"]))
+    state["decoder.conv_in.bias"] = torch.zeros(16, dtype=torch.int8)
+    path = write(tmp_path / "a.safetensors", state)
+    with pytest.raises(CheckpointError, match="decoder.conv_in.bias holds torch.int8"):
+        load_part("vae", path, config=CONFIGS["vae"])
 
 
 def test_the_emoji_model_travels(tmp_path):
@@ -365,6 +417,12 @@ def test_the_emoji_model_travels(tmp_path):
 
 # Folders ------------------------------------------------------------------------------
 
+@functools.cache
+def plain_parts():
+    """As `reference_parts`, made once: for reading only."""
+    return reference_parts()
+
+
 def reference_parts():
     unet = randomize(diffusers.UNet2DConditionModel.from_config(CONFIGS["unet"].to_dict()))
     vae = randomize(diffusers.AutoencoderKL.from_config(CONFIGS["vae"].to_dict()))
@@ -377,11 +435,30 @@ def reference_parts():
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A model folder whose three networks the reference libraries will write."""
-    tokenizer.save_pretrained(tmp_path / "m" / "tokenizer")
-    DDIMScheduler().save_pretrained(tmp_path / "m" / "scheduler")
-    (tmp_path / "m" / "model_index.json").write_text(
+    return empty_folder(tmp_path / "m", tokenizer)
+
+
+def empty_folder(path, tokenizer):
+    tokenizer.save_pretrained(path / "tokenizer")
+    DDIMScheduler().save_pretrained(path / "scheduler")
+    (path / "model_index.json").write_text(
         json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    return tmp_path / "m"
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tokenizer):
+    """A folder with networks as the reference libraries write them."""
+    path = empty_folder(tmp_path_factory.mktemp("written") / "m", tokenizer)
+    for part, model in plain_parts().items():
+        model.save_pretrained(path / part)
+    return path
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    """A copy of it, to be spoiled."""
+    return Path(shutil.copytree(written, tmp_path / "m"))
 
 
 def expected_of(reference, dtype=torch.float32):
@@ -432,12 +509,9 @@ def test_half_precision_files_are_preferred_when_asked_for(folder):
 @pytest.mark.parametrize("old_names", [True, False])
 @pytest.mark.parametrize("convolutions", [True, False])
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
-def test_old_folders(folder, old_names, convolutions, ending):
+def test_old_folders(copied, old_names, convolutions, ending):
     """Old names, convolutions in the attention, pickled weights, text_model. prefix."""
-    reference = reference_parts()
-    for part, model in reference.items():
-        model.save_pretrained(folder / part)
-    expected = expected_of(reference)
+    folder, expected = copied, expected_of(plain_parts())
     vae = dict(expected["vae"])
     for name in [k for k in vae if ".attentions." in k]:
         value = vae.pop(name)
@@ -463,6 +537,12 @@ def test_old_folders(folder, old_names, convolutions, ending):
     assert sum(map(len, report.ignored.values())) == 1
 
 
+def settings(folder, part, **values):
+    """A folder's JSON file with other values."""
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda f: (f / "unet/config.json").write_text(json.dumps(
         CONFIGS["unet"].to_dict() | {"use_linear_projection": True})), "config.json.*linear"),
@@ -476,14 +556,28 @@ def test_old_folders(folder, old_names, convolutions, ending):
     (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "no weights"),
     (lambda f: (f / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionXLPipeline"}'), "StableDiffusionXLPipeline"),
-    (lambda f: __import__("shutil").rmtree(f / "vae"), "lacks vae"),
+    (lambda f: shutil.rmtree(f / "vae"), "lacks vae"),
+    *[(lambda f, p=part, v=values: settings(f, p, **v), words) for part, values, words in (
+        ("unet", {"block_out_channels": [-16, 16, 32]}, "out of all proportion"),
+        ("unet", {"norm_num_groups": 0}, "does not describe the UNet2D"),
+        ("vae", {"scaling_factor": "x"}, "'x' is no number"),
+        ("text_encoder", {"max_position_embeddings": None}, "does not describe"),
+        ("scheduler", {"num_train_timesteps": 10**13}, "out of all proportion"),
+        ("scheduler", {"beta_start": "x"}, "does not describe the noise schedule"))],
 ])
-def test_broken_folders_are_explained(folder, spoil, words):
-    for part, model in reference_parts().items():
-        model.save_pretrained(folder / part)
-    spoil(folder)
+def test_broken_folders_are_explained(copied, spoil, words):
+    spoil(copied)
     with pytest.raises((CheckpointError, FileNotFoundError), match=words):
-        load_checkpoint(folder, device="cpu")
+        load_checkpoint(copied, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json",
+                                  "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"])
+def test_files_beside_the_weights_are_explained(copied, name):
+    for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000):
+        (copied / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="does not describe"):
+            load_checkpoint(copied, device="cpu")
 
 
 # OpenAI's CLIP ------------------------------------------------------------------------
@@ -574,17 +668,20 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_rule_is_noticed(tmp_path, plan, monkeypatch, name):
+def test_planted_rule_is_noticed(tmp_path, monkeypatch, name):
     """A wrong rule either finds nothing that fits, or gives other tensors than diffusers."""
     part, spoil = PLANTED[name]
-    state = compvis()
+    state = {k: v for k, v in compvis().items()
+             if k.startswith({"unet": UNET, "vae": VAE}[part])}
     path = write(tmp_path / "a.safetensors", state)
     old = layouts.LAYOUTS[part]
     wrong = dataclasses.replace(old[0], rules=spoil(old[0].rules))
     assert wrong != old[0]
     monkeypatch.setitem(layouts.LAYOUTS, part, (wrong, *old[1:]))
     with pytest.raises((CheckpointError, AssertionError)):
-        assert_equal(load(path, plan)[0], by_diffusers(state))
+        made, _ = load_part(part, path, config=CONFIGS[part])
+        assert_equal(types.SimpleNamespace(**{part: made}),
+                     {part: by_diffusers(compvis())[part]})
 
 
 @pytest.mark.parametrize("spoil", [
@@ -709,12 +806,13 @@ def kilobytes(what):
 
 small, *large = sys.argv[1:]
 load_part("vae", small, torch.float16, config=VAEConfig(block_out_channels=(32, 32)))
+half = VAEConfig(block_out_channels=(64, 128, 256, 256))
 for path, dtype in zip(large, (torch.float32, torch.float16)):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     start = kilobytes("VmRSS")
-    part, _ = load_part("vae", path, dtype)
+    part, _ = load_part("vae", path, dtype, config=half)
     weights = sum(p.numel() * p.element_size() for p in part.state_dict().values())
     print(1024 * (kilobytes("VmHWM") - start), weights)
     del part
@@ -723,9 +821,13 @@ for path, dtype in zip(large, (torch.float32, torch.float16)):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' accounts")
 def test_peak_memory(tmp_path):
-    """At most 1.3 times the final weights, in a process of its own; both kinds of files."""
+    """At most 1.3 times the final weights, in a process of its own; both kinds of files.
+
+    Half as wide as Stable Diffusion's autoencoder, which chapter 15 itself measures.
+    """
+    half = VAEConfig(block_out_channels=(64, 128, 256, 256))
     small = noise(vae_shapes(VAEConfig(block_out_channels=(32, 32))))
-    large = {k: torch.full(s, 0.1) for k, s in vae_shapes(VAEConfig.sd15()).items()}
+    large = {k: torch.full(s, 0.1) for k, s in vae_shapes(half).items()}
     paths = [write(tmp_path / "small.safetensors", small),
              write(tmp_path / "large.safetensors", large), tmp_path / "large.ckpt"]
     torch.save({"state_dict": large}, paths[2])
@@ -734,7 +836,7 @@ def test_peak_memory(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for line, size in zip(done.stdout.splitlines(), (4, 2), strict=True):
         peak, weights = map(int, line.split())
-        assert weights == 83_653_863 * size
+        assert weights == sum(v.numel() for v in large.values()) * size > 40e6
         assert 0.9 * weights < peak <= 1.3 * weights, f"{peak / weights:.2f} times"
 
 
@@ -875,16 +977,16 @@ def call(gadget, argument, how):
 
 
 @pytest.mark.parametrize("how", ["GLOBAL", "STACK_GLOBAL", "INST", "OBJ"])
-@pytest.mark.parametrize("gadget", GADGETS)
-def test_hostile_pickles_are_refused_before_they_run(tmp_path, gadget, how):
+def test_hostile_pickles_are_refused_before_they_run(tmp_path, how):
     marker = tmp_path / "ran"
-    payload = (f"open({str(marker)!r}, 'w').write('x')" if "eval" in gadget or
-               "exec" in gadget else f"touch {marker}")
-    path = archive(tmp_path / "evil.ckpt", call(gadget, payload, how))
-    with pytest.raises(CheckpointError) as caught:
-        read_tensors(path)
-    assert str(path) in str(caught.value) and not marker.exists()
-    assert caught.value.reason
+    for k, gadget in enumerate(GADGETS):
+        payload = (f"open({str(marker)!r}, 'w').write('x')" if "eval" in gadget or
+                   "exec" in gadget else f"touch {marker}")
+        path = archive(tmp_path / f"evil-{k}.ckpt", call(gadget, payload, how))
+        with pytest.raises(CheckpointError) as caught:
+            pytest.fail(f"{gadget}: read {read_tensors(path)}")
+        assert str(path) in str(caught.value) and not marker.exists(), gadget
+        assert caught.value.reason
 
 
 def tensor_pickle(size, stride, numel, key="0"):
@@ -908,7 +1010,7 @@ def hostile_files(folder):
         yield name, archive(folder / f"{name}.ckpt", data, **options)
 
     for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        yield from pkl(f"bomb-{method}", b"\0" * 20_000_000, compress=method)
+        yield from pkl(f"bomb-{method}", b"\0" * 2_000_000, compress=method)
     yield from pkl("huge-tensor", tensor_pickle([10**6, 10**6], [10**6, 1], 10**12))
     yield from pkl("huge-storage", tensor_pickle([4], [1], 10**15))
     yield from pkl("negative", tensor_pickle([-4], [1], 16))
@@ -929,6 +1031,17 @@ def hostile_files(folder):
     yield from pkl("extension", b"\x80\x02\x82\x01.")
     yield from pkl("build", b"\x80\x02ccollections\nOrderedDict\n)R}" + text("__class__")
                    + b"K\x01sb.")
+    twice, long = b"q\0h\0\x86" * 40, text("x" * 1000)  # 2^40 values in 200 bytes
+    yield from pkl("double-key", b"\x80\x02})" + twice + b"K\x01s.")
+    yield from pkl("double-value", b"\x80\x02}" + text("w") + b")" + twice + b"s.")
+    yield from pkl("double-set-item", b"\x80\x02}(" + b")" + twice + b"K\x01u.")
+    yield from pkl("set-tensor", tensor_pickle([16], [1], 16)[:-2] + b"K\0K\1ss.")
+    yield from pkl("set-tensors", tensor_pickle([16], [1], 16)[:-2] + b"(K\0K\1us.")
+    yield from pkl("append-tuple", b"\x80\x02})K\1as.")
+    yield from pkl("punycode", b"\x80\x02}K\1c_codecs\nencode\n" + long
+                   + text("punycode") + b"\x86Rs.")
+    yield from pkl("codec-of-a-memo", b"\x80\x02}K\1c_codecs\nencode\nq\1h\1" + long
+                   + text("hex") + b"q\2\x86R" + b"h\1" + long + b"h\2\x86Rs.")
     path = archive(folder / "huge-pickle.ckpt", b"\x80\x02" + b"N0" * 9_000_000 + b"N.")
     yield "huge-pickle", path
     plain = archive(folder / "plain.ckpt", tensor_pickle([16], [1], 16)).read_bytes()
@@ -1163,6 +1276,13 @@ V1 = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params":
         "attn_resolutions": [], "dropout": 0.0}}}}}}
 
 
+def described(**settings):
+    """The YAML file with other settings of the U-Net."""
+    values = json.loads(json.dumps(V1))
+    values["model"]["params"]["unet_config"]["params"].update(settings)
+    return yaml.safe_dump(values)
+
+
 def test_original_yaml(tmp_path):
     path = tmp_path / "v1-inference.yaml"
     path.write_text(yaml.safe_dump(V1))
@@ -1180,7 +1300,12 @@ def test_original_yaml(tmp_path):
     ("a: " + "[" * 5000, "no plain YAML"), ("x" * 200_000, "too large"),
     ("x: " + "- " * 9000, "no plain YAML"),
     ("model: {params: {unet_config: {params: {model_channels: 9}}}}", "does not describe"),
-    ("\x00", "no plain YAML"),
+    ("\x00", "no plain YAML"), ("...\n" * 2000 + "[" * 1500, "nested too deeply"),
+    (described(model_channels=[1], channel_mult=[3 * 10**9]), "impossible widths"),
+    (described(model_channels="ab", channel_mult=[10**9]), "impossible widths"),
+    (described(channel_mult=[1, -2]), "impossible widths"),
+    (described(num_heads=0), "does not describe"),
+    (described(in_channels="4"), "is no number"),
 ])
 def test_hostile_yaml(tmp_path, text, words):
     path = tmp_path / "a.yaml"
@@ -1269,8 +1394,9 @@ def test_names_are_located(tmp_path, monkeypatch, plan):
     assert load("sd15", plan)[1].files[0].path == str(path)
     load("owner/name@" + "0123456789" * 4, plan)
     assert asked == ["sd15", ("owner/name", "0123456789" * 4)]
-    for name in ("owner/name", "owner/name@main", "sd99", "a/b/c@" + "0" * 40):
-        with pytest.raises(FileNotFoundError):
+    for name, words in (("owner/name", "40 digits"), ("owner/name@main", "40 digits"),
+                        ("sd99", "right"), ("a/b/c@" + "0" * 40, "right")):
+        with pytest.raises(FileNotFoundError, match=words):
             load(name, plan)
     monkeypatch.chdir(tmp_path)
     path.rename("sd15")
@@ -1293,8 +1419,7 @@ def test_the_real_download_function_fits():
 # Side by side -------------------------------------------------------------------------
 
 def unet_pair():
-    reference = randomize(diffusers.UNet2DConditionModel.from_config(
-        CONFIGS["unet"].to_dict()), 1)
+    reference = plain_parts()["unet"]
     ours = UNet2DConditionModel(CONFIGS["unet"])
     ours.load_state_dict(reference.state_dict())
     g = torch.Generator().manual_seed(2)
@@ -1336,6 +1461,23 @@ def test_a_fault_between_layers_is_placed_before_the_next():
     theirs.load_state_dict(ours.state_dict())
     found = first_difference(ours, theirs, lambda m: m(torch.ones(1, 3)))
     assert found.startswith("before two: its input differs")
+
+
+def test_every_input_of_a_layer_is_compared():
+    class Add(torch.nn.Module):
+        def forward(self, x, more):
+            return x + more
+
+    class Net(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.add, self.scale = Add(), scale
+
+        def forward(self, x):
+            return self.add(x, more=x * self.scale)
+
+    found = first_difference(Net(1.0), Net(2.0), lambda m: m(torch.ones(1, 3)))
+    assert found.startswith("before add: its input differs")
 
 
 def test_hooks_are_removed_after_an_error():
