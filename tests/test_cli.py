@@ -191,8 +191,10 @@ def test_ctrl_c(ask, monkeypatch):
 
 
 def test_a_real_ctrl_c(models, tmp_path):
+    program = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               "from sdlib.cli import main; sys.exit(main())")  # a job in the background ignores it
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdlib", "generate", FOX, "--model", f"{models / 'mini'}",
+        [sys.executable, "-c", program, "generate", FOX, "--model", f"{models / 'mini'}",
          "--device", "cpu", "--steps", "900", "--out", f"{tmp_path / 'fox.png'}"],
         cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while process.stderr.read(1) != b"%":  # the progress bar has begun
