@@ -32,7 +32,8 @@ def posterior_coefficients(
                          f"for t = {t.tolist()}")
     now = alpha_bar_like(process, t, like)
     then = alpha_bar_like(process, earlier.clamp(min=0), like)
-    then = torch.where((earlier < 0).reshape(then.shape), 1.0, then)
+    clean = (earlier < 0).reshape(then.shape).to(then.device)
+    then = torch.where(clean, 1.0, then)
     alpha = now / then  # the signal that survives from `earlier` to t, as a variance
     beta = 1 - alpha
     k0 = then**0.5 * beta / (1 - now)

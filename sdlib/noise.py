@@ -67,9 +67,10 @@ def alpha_bar_like(process: ForwardProcess, t: torch.Tensor | int,
                    like: torch.Tensor) -> torch.Tensor:
     """alpha-bar_t shaped (B, 1, ..., 1), to multiply `like` (B, ...); 1s for an int t.
 
-    In the more precise of the schedule's and `like`'s precision: with a schedule in
-    float32, as built, never in half precision: in bfloat16 1 - 0.9991 is 0. Raises
-    ValueError if t is a tensor that does not hold one number per example.
+    On the device of `like`, in the more precise of the schedule's and `like`'s
+    precision: with a schedule in float32, as built, never in half precision: in
+    bfloat16 1 - 0.9991 is 0. Raises ValueError if t is a tensor that does not hold one
+    number per example.
     """
     t = torch.as_tensor(t, device=process.alphas_cumprod.device)
     if t.ndim > 1 or (t.ndim == 1 and t.shape != like.shape[:1]):
@@ -77,7 +78,8 @@ def alpha_bar_like(process: ForwardProcess, t: torch.Tensor | int,
                          f"them; got the shape {tuple(t.shape)}")
     dtype = torch.promote_types(process.alphas_cumprod.dtype, like.dtype)
     alpha_bar = alpha_bar_at(process.alphas_cumprod.to(dtype), t)
-    return alpha_bar.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+    alpha_bar = alpha_bar.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+    return alpha_bar.to(like.device)
 
 
 def scales(process: ForwardProcess, t: torch.Tensor | int,
