@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -387,6 +389,33 @@ def test_a_recorder_is_called_once_with_checkpointing():
     assert torch.equal(out, expected)
     layers = [name for name, m in ours.named_modules() if isinstance(m, Attention)]
     assert sorted(seen) == sorted(layers)
+
+
+def test_checkpointing_on_and_off_leaves_nothing_behind():
+    """No forward of its own in any module: that would be a cycle, and keep the memory."""
+    ours = UNet2DConditionModel(small(2))
+    ours.enable_gradient_checkpointing()
+    assert any("forward" in vars(module) for module in ours.modules())
+    ours.disable_gradient_checkpointing()
+    assert not any("forward" in vars(module) for module in ours.modules())
+    alive = [weakref.ref(module) for module in ours.modules()]
+    gc.disable()
+    try:
+        del ours
+        assert not any(module() is not None for module in alive)
+    finally:
+        gc.enable()
+
+
+def test_checkpointing_gives_back_a_forward_of_the_module_s_own():
+    """What somebody else has put in a module's place is there again afterwards."""
+    ours = UNet2DConditionModel(small(2))
+    block = ours.mid_block.resnets[0]
+    theirs = block.forward = types.MethodType(lambda self, x, temb: x, block)
+    ours.enable_gradient_checkpointing()
+    assert block.forward is not theirs
+    ours.disable_gradient_checkpointing()
+    assert block.forward is theirs
 
 
 # Planted traps ------------------------------------------------------------------------

@@ -16,6 +16,20 @@ WRONG = {
          "    return torch.cat([a.cos() * cos + a.sin() * sin,\n"
          "                      a.cos() * sin - a.sin() * cos], dim=1)",
          "the rotation turns the wrong way"),
+        ("def ex_10_2(e, k):\n"
+         "    cos, sin = e.chunk(2, dim=1)\n"
+         "    n = cos.shape[1]\n"
+         "    a = k * 10000.0 ** (-torch.arange(n) / n)\n"
+         "    return torch.cat([a.cos() * cos + a.sin() * sin,\n"
+         "                      a.cos() * sin + a.sin() * cos], dim=1)",
+         "the sign of the sine term in the new cosine"),
+        ("def ex_10_2(e, k):\n"
+         "    cos, sin = e.chunk(2, dim=1)\n"
+         "    n = cos.shape[1]\n"
+         "    a = k * 10000.0 ** (-torch.arange(n) / n)\n"
+         "    return torch.cat([a.cos() * cos - a.sin() * sin,\n"
+         "                      a.cos() * sin - a.sin() * cos], dim=1)",
+         "the sign of the sine term in the new sine"),
         ("def ex_10_2(e, k):\n    return e", "nothing has turned"),
         ("def ex_10_2(e, k):\n"
          "    cos, sin = e.chunk(2, dim=1)\n"
