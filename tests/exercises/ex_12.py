@@ -8,6 +8,9 @@ WRONG = {
         ("def ex_12_1(step, batch_size):\n"
          "    return list(range((step - 1) * batch_size, step * batch_size))",
          "repeats the last completed batch"),
+        ("def ex_12_1(step, batch_size):\n"
+         "    return list(range(batch_size * (batch_size - 1), batch_size**2))",
+         "after 2 steps of 5"),
     ],
     "12_2": [
         ("def ex_12_2(snr, gamma):\n"
@@ -27,6 +30,19 @@ WRONG = {
         ("def ex_12_3(values, d):\n"
          "    return float(values.mean())",
          "newer values count more"),
+        ("def ex_12_3(values, d):\n"
+         "    m = float(values[0])\n"
+         "    for value in values[1:]:\n"
+         "        m = d * m + (1 - d) * float(value)\n"
+         "    return m",
+         "started at the first value"),
+        ("def ex_12_3(values, d):\n"
+         "    m = w = 0.0\n"
+         "    for value in values:\n"
+         "        m = (1 - d) * m + d * float(value)\n"
+         "        w = (1 - d) * w + d\n"
+         "    return m / w",
+         "are exchanged"),
         ("def ex_12_3(values, d):\n"
          "    m = 0.0\n"
          "    for value in values.flip(0):\n"
