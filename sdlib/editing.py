@@ -16,7 +16,12 @@ import torch
 from .img2img import ImageToImage
 from .inpainting import Inpainting
 from .interpolation import Walk
-from .pipeline import StableDiffusion, default_model, output_paths
+from sdlib.pipeline import (
+    StableDiffusion,
+    add_painting_options,
+    default_model,
+    output_paths,
+)
 from .plan import image_seeds, save_png
 
 _all_ = ["ImageToImage", "Inpainting", "Walk"]
@@ -35,26 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         "(default 0.8; with --mask 1)")
     add("--paste-original", action="store_true",
         help="with --mask: put the pixels outside of it back at the end")
-    add("--model", help="model folder (default: models/emoji-sd)")
-    add("--negative", default="", metavar="PROMPT", help="what to keep away from")
-    add("--seed", type=int, help="start of the noise (default: drawn, and printed)")
-    add("--steps", type=int, default=20,
-        help="denoising steps of the whole way (default 20)")
-    add("--guidance", type=float, default=5.0, metavar="W",
-        help="guidance scale (default 5)")
-    add("--height", type=int, help="in pixels (default: the picture's)")
-    add("--width", type=int, help="in pixels (default: the picture's)")
-    add("--number", type=int, default=1, metavar="N", help="pictures, seeds count up")
-    add("--eta", type=float, default=0.0, help="fresh noise, 0 to 1 (default 0)")
-    add("--weighted", action="store_true",
-        help="read (words:1.3) as weights, and prompts of any length")
-    add("--clip-skip", type=int, default=0, metavar="N",
-        help="leave out the text encoder's last N layers (default 0)")
-    add("--rescale", type=float, default=0.0, metavar="PHI",
-        help="take the glare out of strong guidance, 0 to 1 (default 0)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
-    add("--out", help="PNG file (default: named after prompt and seed)")
+    add_painting_options(parser, "the picture's")
     return parser
 
 # %% ../chapters/16_editing.ipynb #command-code

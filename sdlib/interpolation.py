@@ -54,14 +54,14 @@ class BetweenEnds(SharedParts, StableDiffusion):
     """A batch whose pictures lie between the first and the last, evenly."""
 
     def contexts(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in `Beginning`, the text states on the line from the first to the last."""
+        """As in `StableDiffusion`, the text states on the line from first to last."""
         context, negative = super().contexts(plan)
         shares = torch.linspace(0, 1, len(context), dtype=torch.float64)
         return lerp(context[:1], context[-1:], shares), negative
 
     def start(self, plan: Plan, generators: list[torch.Generator],
               latents: torch.Tensor | None = None) -> torch.Tensor:
-        """As in `Beginning`, the noise on the arc from the first to the last."""
+        """As in `StableDiffusion`, the noise on the arc from first to last."""
         if latents is not None:
             raise ValueError("a walk draws its noise from two seeds: give no latents")
         factor = self.vae.config.factor

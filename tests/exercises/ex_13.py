@@ -22,7 +22,13 @@ WRONG = {
          "    return scales, 7", "the other way round"),
         ("def ex_13_2(timesteps, w, low, high):\n"
          "    scales = [w if low <= t < high else 1.0 for t in timesteps]\n"
-         "    return scales, 7", "both ends belong to the interval"),
+         "    return scales, 7", "t = 400 and t = 800 too; you give [1.0, 1.0, 5.0, 5.0, 1.0]"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low < t <= high else 1.0 for t in timesteps]\n"
+         "    return scales, 7", "t = 400 and t = 800 too; you give [1.0, 5.0, 5.0, 1.0, 1.0]"),
+        ("def ex_13_2(timesteps, w, low, high):\n"
+         "    scales = [w if low < t < high else 1.0 for t in timesteps]\n"
+         "    return scales, 6", "t = 400 and t = 800 too; you give [1.0, 1.0, 5.0, 1.0, 1.0]"),
         ("def ex_13_2(timesteps, w, low, high):\n"
          "    scales = [w if low <= t <= high else 0.0 for t in timesteps]\n"
          "    return scales, 8", "the plain conditional prediction"),
@@ -61,6 +67,14 @@ WRONG = {
          "stays in the chunk before the cut"),
         (_CUT.format(at="k", places="range(1, room + 1)"), "not the first"),
         (_CUT.format(at="k", places="range(room, 0, -1)"), "too far back"),
+        (_CUT.format(at="k", places="range(room, room - back + 1, -1)"),
+         "the third-last id is one of the last 3"),
+        (_CUT.format(at="k", places="range(room, room - back - 1, -1)"),
+         "the fourth-last id is none of the last 3"),
+        (_CUT.format(at="k", places="range(room - 1, room - back, -1)"),
+         "a comma at the very end of a full chunk"),
+        (_CUT.format(at="k", places="range(room, room - back, -1)").replace("> room", ">= room"),
+         "what fits into one chunk, exactly too"),
         ("def ex_13_4(ids, comma, room, back):\n    chunks = []\n    while len(ids) > room:\n"
          "        chunks.append(ids[:room])\n        ids = ids[room:]\n    return chunks",
          "ids got lost"),
@@ -82,7 +96,17 @@ WRONG = {
          "*difference* from the empty one"),
         ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    return unet(z.repeat(3, 1, 1, 1), t, torch.cat([empty, *contexts]))",
-         "one context per latent"),
+         "21 latents and 3 contexts: it needs one context per latent"),
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
+         "    both = torch.cat([c.expand(len(contexts), -1, -1) for c in [empty, *contexts]])\n"
+         "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(3)\n"
+         "    return e + sum(w * (o - e) for w, o in zip(weights, others))",
+         "21 latents and 6 contexts"),
+        ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
+         "    both = torch.cat([c.expand(len(z), -1, -1) for c in [empty, *contexts]])\n"
+         "    e, *others = unet(z.repeat(3, 1, 1, 1), t, both).chunk(1 + len(z))\n"
+         "    return e + sum(w * (o - e) for w, o in zip(weights, others))",
+         "shape (3, 4, 3, 3): one prediction per picture"),
         ("def ex_13_5(unet, z, t, empty, contexts, weights):\n"
          "    both = torch.cat([empty, *contexts]).repeat_interleave(len(z), 0)\n"
          "    latents = z.repeat_interleave(3, 0)\n"

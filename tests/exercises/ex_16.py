@@ -53,6 +53,7 @@ WRONG = {
          "what lies beyond it does not count"),
         (_SEAM.format(border=_COUNT, share="(2 * b - 1).clamp(min=0) ** 2", join=_WHERE),
          "from the edge on the shares should be"),
+        (_SEAM.format(border=_COUNT, share="2 * b - 1", join=_WHERE), "in a corner of the hole"),
     ],
     "16_4": [
         ("def ex_16_4(noises, weights):\n"
@@ -94,5 +95,7 @@ WRONG = {
          "should repeat the nearest old one"),
         (_CANVAS.format(first="right -= (picture.shape[-1] + left + right) % multiple",
                         mode=_NEAR, old="zeros", new="1.0"), "round up, not down"),
+        (_CANVAS.format(first="right += multiple - (picture.shape[-1] + left + right) % multiple",
+                        mode=_NEAR, old="zeros", new="1.0"), "a multiple of 4 already: add none"),
     ],
 }
