@@ -203,8 +203,9 @@ def to_layout(wanted: Wanted, model: nn.Module, layout: str) -> dict[str, torch.
 
 def save_checkpoint(parts: Parts, path: str | Path, dtype: torch.dtype | None = None
                     ) -> None:
-    """All three networks as one CompVis file, which most programs read.
+    """All three networks as one CompVis file.
 
+    Most programs read it if it has the shapes of Stable Diffusion 1.x.
     `.safetensors` or `.ckpt`, by the name; written whole or not at all. Tokenizer and
     scheduler are not in such a file. ValueError for another ending.
     """

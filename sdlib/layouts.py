@@ -53,7 +53,8 @@ LAYOUTS = {
         Layout("transformers 4", "text_model.", SAME),
         Layout("transformers 5", "", SAME), Layout("OpenAI", "", OPENAI_TEXT)),
     "clip": (Layout("OpenAI", "", OPENAI_CLIP), Layout("transformers", "", SAME))}
-OWN = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+OWN = ("model.diffusion_model.", "model_ema.", "first_stage_model.",
+       "cond_stage_model.")
 
 # %% ../chapters/15_real_weights.ipynb #wanted-class
 @dataclass(frozen=True)
@@ -132,17 +133,20 @@ _IGNORED = (
      "projection and constants of CLIP"))
 
 
-def why_ignored(name: str, averaged: bool) -> str | None:
+def why_ignored(name: str, averaged: bool, spare: bool = False) -> str | None:
     """The reason why a tensor is not needed, or None if it is not known.
 
     `averaged`: the averaged weights were taken, so the ordinary ones are not needed.
+    `spare`: another layout would use the tensor. An ordinary one must be of that kind.
     """
-    if averaged and name.startswith("model.diffusion_model."):
+    if averaged and spare and name.startswith("model.diffusion_model."):
         return "ordinary weights: the averaged ones were taken"
     for pattern, reason in _IGNORED:
         if re.match(pattern, name):
             return reason
-    return "averaged weights: not asked for" if name.startswith("model_ema.") else None
+    if name.startswith("model_ema.") and not averaged:
+        return "averaged weights: not asked for"
+    return None
 
 # %% ../chapters/15_real_weights.ipynb #families-code
 _FIRST = "Load Stable Diffusion 1.x first; chapter "
@@ -217,7 +221,7 @@ def sort_rest(report: LoadingReport, wanted: list[Wanted],
             if "averaged" not in name:
                 spare |= {v: f"{part.part}.{k}" for k, (v, _) in table.items()}
     for name in sorted(set(tensors) - used):
-        reason = why_ignored(name, averaged)
+        reason = why_ignored(name, averaged, name in spare)
         if reason is None and name in spare:
             again = report.used.get(spare[name])
             report.unexpected.append(f"{name}: {spare[name]} is there twice, "

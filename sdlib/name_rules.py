@@ -96,16 +96,16 @@ def vae_numbers(config: VAEConfig, i: int = 0, j: int = 0) -> dict[str, int]:
 
 
 OLD_ATTENTION = (Rule("group_norm.", "group_norm."),
-                 Rule("to_q.", "query.", change="1x1"),
-                 Rule("to_k.", "key.", change="1x1"),
-                 Rule("to_v.", "value.", change="1x1"),
-                 Rule("to_out.0.", "proj_attn.", change="1x1"))
+                 Rule("to_q.", "query.", change="if 1x1"),
+                 Rule("to_k.", "key.", change="if 1x1"),
+                 Rule("to_v.", "value.", change="if 1x1"),
+                 Rule("to_out.0.", "proj_attn.", change="if 1x1"))
 _ENCODER = "encoder.mid_block.attentions.0."
 _DECODER = "decoder.mid_block.attentions.0."
 OLD_VAE = (Rule(_ENCODER, _ENCODER, OLD_ATTENTION),
            Rule(_DECODER, _DECODER, OLD_ATTENTION), Rule("", ""))
-NEW_VAE = (Rule(_ENCODER, _ENCODER, change="1x1"),
-           Rule(_DECODER, _DECODER, change="1x1"), Rule("", ""))
+NEW_VAE = (Rule(_ENCODER, _ENCODER, change="if 1x1"),
+           Rule(_DECODER, _DECODER, change="if 1x1"), Rule("", ""))
 SAME = (Rule("", ""),)
 
 # %% ../chapters/15_real_weights.ipynb #openai-rules
@@ -174,9 +174,10 @@ def to_ours(change: str, tensor: torch.Tensor) -> torch.Tensor:
     """Their tensor as ours, without touching its numbers: the result is a view.
 
     "1x1": (C, C, 1, 1) -> (C, C); "transposed": (A, B) -> (B, A); "third k": part k of
-    three equal parts, one below the other. A shape that does not suit stays as it is.
+    three equal parts, one below the other. "if 1x1": as "1x1" on reading, nothing on
+    writing (`to_theirs`). A shape that does not suit stays as it is.
     """
-    if change == "1x1" and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+    if change.endswith("1x1") and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     if change == "transposed" and tensor.ndim == 2:
         return tensor.T

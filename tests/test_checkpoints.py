@@ -306,6 +306,51 @@ def test_incomplete_averaged_weights_are_an_error(tmp_path, plan):
     load(tmp_path / "a.safetensors", plan, ema=False)
 
 
+LEFT = {"ordinary": UNET + "label_emb.0.weight",
+        "averaged": "model_ema.diffusion_modellabel_emb0weight"}
+
+
+@pytest.mark.parametrize("left", [["ordinary"], ["averaged"], ["averaged", "ordinary"]])
+def test_a_leftover_beside_averaged_weights_is_an_error(tmp_path, plan, left):
+    """Something that our U-Net does not have: it is another model, averaged or not."""
+    state, averaged, extra = messy()
+    state |= averaged | extra | {LEFT[x]: torch.zeros(4) for x in left}
+    path = write(tmp_path / "a.safetensors", state)
+    with pytest.raises(CheckpointError, match="unexpected") as caught:
+        load(path, plan)
+    report = caught.value.report
+    assert report.problems() == [f"unexpected {LEFT[x]}" for x in reversed(left)]
+    assert report.layouts["unet"] == "CompVis, averaged"
+    if "ordinary" in left:
+        with pytest.raises(CheckpointError, match=re.escape(LEFT["ordinary"])):
+            load(path, plan, ema=False)
+    else:  # the averaged weights are not asked for, whatever they are
+        _, report = load(path, plan, ema=False)
+        assert LEFT["averaged"] in report.ignored["averaged weights: not asked for"]
+
+
+def test_ordinary_weights_without_a_twin_beside_averaged_ones(tmp_path, plan):
+    """A known place is not enough: without its dots this name is that of another tensor."""
+    state, averaged, _ = messy()
+    state[UNET + "time.embed.0.bias"] = torch.zeros(4)
+    path = write(tmp_path / "a.safetensors", state | averaged)
+    with pytest.raises(CheckpointError, match=r"unexpected model\.diffusion_model\.time\."):
+        load(path, plan)
+
+
+def test_ordinary_weights_may_be_incomplete_beside_averaged_ones(tmp_path, plan):
+    state, averaged, extra = messy()
+    ordinary = [k for k in state if k.startswith(UNET)]
+    for name in ordinary[3:5]:
+        del state[name]
+    pipe, report = load(write(tmp_path / "a.safetensors", state | averaged | extra), plan)
+    reason = "ordinary weights: the averaged ones were taken"
+    assert len(report.ignored[reason]) == len(ordinary) - 2
+    assert len(averaged) == len(ordinary) == len(pipe.unet.state_dict())
+    assert set(report.ignored["state of the training"]) == {
+        "model_ema.decay", "model_ema.num_updates"}
+
+
 @pytest.mark.parametrize("prefix", [TEXT_LONG, TEXT + "transformer.", "text_model.", ""])
 def test_spellings_of_the_text_encoder(tmp_path, plan, prefix):
     state = {k.replace(TEXT_LONG, prefix): v for k, v in compvis().items()}
@@ -535,6 +580,27 @@ def test_old_folders(copied, old_names, convolutions, ending):
     pipe, report = load_checkpoint(folder, device="cpu")
     assert_equal(pipe, expected)
     assert sum(map(len, report.ignored.values())) == 1
+
+
+def test_folders_are_written_with_matrices(tmp_path):
+    """As diffusers writes them today, and in its old names; both are read back."""
+    theirs, ours = plain_parts()["vae"], Parts.modules["vae"](CONFIGS["vae"])
+    wanted, = wanted_parts({"vae": CONFIGS["vae"]})
+    ours.load_state_dict(theirs.state_dict())
+    made = to_layout(wanted, ours, "diffusers")
+    assert shapes(made) == shapes(theirs)
+    assert all(torch.equal(made[k], v) for k, v in theirs.state_dict().items())
+    old = to_layout(wanted, ours, "diffusers, old attention")
+    names = [k for k in old if re.search(r"\.(query|key|value|proj_attn)\.weight", k)]
+    assert len(names) == 8 and all(old[k].ndim == 2 for k in names)
+    convolutions = to_layout(wanted, ours, "CompVis, alone")
+    names = [k for k in convolutions if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", k)]
+    assert len(names) == 8 and all(convolutions[k].ndim == 4 for k in names)
+    for state in (made, old, convolutions):
+        path = write(tmp_path / "a.safetensors",
+                     {k: v.contiguous() for k, v in state.items()})
+        again, _ = load_part("vae", path, config=CONFIGS["vae"])
+        assert not different_tensors(again, ours)
 
 
 def settings(folder, part, **values):

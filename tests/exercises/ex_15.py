@@ -14,6 +14,11 @@ def ex_15_1(data):
         ("""
 def ex_15_1(data):
     length = int.from_bytes(data[:8], "little")
+    return {k: tuple(v["shape"]) for k, v in json.loads(data[8:8 + length]).items()}
+""", "an entry has no 'shape': __metadata__ is a note about the file, no tensor"),
+        ("""
+def ex_15_1(data):
+    length = int.from_bytes(data[:8], "little")
     header = json.loads(data[:length])
     return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
 """, "no JSON where you looked"),
