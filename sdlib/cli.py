@@ -29,26 +29,29 @@ class Job:
     kept: str
 
 
-def generate() -> Job:
-    """Chapter 13's command, for models from anywhere."""
-    from sdlib import opening, pipeline
+def _painting(parser: argparse.ArgumentParser, work: Callable) -> Job:
+    """A command that writes pictures, with models from anywhere."""
+    from sdlib import opening
 
     def run(options, _):
         opening.require_picture_target(options.out)
-        pipeline.paint(options, opening.opener(options))
-    return Job(opening.add_like(pipeline.make_parser()), run,
+        work(options, opening.opener(options))
+    return Job(opening.add_like(parser), run,
                "the pictures named above are whole, no others were written")
+
+
+def generate() -> Job:
+    """Chapter 13's command."""
+    from sdlib import pipeline
+
+    return _painting(pipeline.make_parser(), pipeline.paint)
 
 
 def edit() -> Job:
-    """Chapter 16's command, for models from anywhere."""
-    from sdlib import editing, opening
+    """Chapter 16's command."""
+    from sdlib import editing
 
-    def run(options, _):
-        opening.require_picture_target(options.out)
-        editing.edit(options, opening.opener(options))
-    return Job(opening.add_like(editing.make_parser()), run,
-               "the pictures named above are whole, no others were written")
+    return _painting(editing.make_parser(), editing.edit)
 
 # %% ../chapters/22_stable_diffusion.ipynb #cli-jobs
 def convert() -> Job:
@@ -56,7 +59,8 @@ def convert() -> Job:
     from sdlib import conversion
 
     return Job(conversion.make_parser(), lambda options, _: conversion.convert(options),
-               "nothing was written; what stood at the target is as it was")
+               "the target is as it was, or, if its SHA-256 was being computed, "
+               "new and whole")
 
 
 def verify() -> Job:
@@ -138,8 +142,9 @@ def expand_config(arguments: list[str]) -> list[str]:
     words, said = list(arguments), []
     for k, word in enumerate(arguments):
         if word.startswith("--config=") or word == "--config" and words[k + 1:]:
-            file = word.partition("=")[2] or words[k + 1]
-            del words[k:k + (1 if "=" in word else 2)]
+            joined = word.startswith("--config=")
+            file = word.removeprefix("--config=") if joined else words[k + 1]
+            del words[k:k + (1 if joined else 2)]
             for name, value in read_options(file).items():
                 option = "--" + name.replace("_", "-")
                 if value is True:

@@ -123,7 +123,7 @@ def norm_cases(ours: Parts, theirs: Any) -> Iterator[Case]:
 
 # %% ../chapters/22_stable_diffusion.ipynb #verify-unet-cases
 def unet_cases(ours: Parts, theirs: Any, size: int) -> Iterator[Case]:
-    """The U-Net at four timesteps, once on latents near zero."""
+    """The U-Net at three timesteps, and once more on latents near zero."""
     weight, side = ours.unet.conv_in.weight, size // ours.vae.config.factor
     tolerance = TOLERANCES[weight.dtype][0]
     last = ours.scheduler.config.num_train_timesteps - 1

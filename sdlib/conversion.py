@@ -19,7 +19,7 @@ from .opening import add_like, read_model, require_writable
 from .parts import Parts
 from .pipeline import StableDiffusion
 from .safe_reading import record_file
-from .storage import atomic_folder, read_json, write_json
+from .storage import atomic_folder
 from .weight_files import read_tensors
 
 # %% ../chapters/22_stable_diffusion.ipynb #cli-conversion-parser
@@ -108,10 +108,6 @@ def write_model(pipe: StableDiffusion, target: Path, dtype: torch.dtype) -> list
             return [target]
         with atomic_folder(target) as draft:
             pipe.save_pretrained(draft, dtype)
-            if pipe.unet.config.in_channels != pipe.unet.config.out_channels:
-                index = read_json(draft / "model_index.json")
-                index["_class_name"] = "StableDiffusionInpaintPipeline"
-                write_json(draft / "model_index.json", index)
     except SafetensorError as error:
         raise OSError(f"{target} could not be written: {error}") from error
     return sorted(target.glob("*/*.safetensors"))

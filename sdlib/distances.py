@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['picture_features', 'image_features', 'coarse_pixels', 'Gaussian', 'fit_gaussian', 'matrix_root', 'frechet_distance',
-           'frechet_bias', 'kernel_distance', 'distances_between', 'inside', 'precision_recall', 'nearer_to_training']
+           'frechet_bias', 'kernel_distance', 'distances_between', 'inside', 'precision_recall', 'nearer_to_training',
+           'compare_sets']
 
 # %% ../chapters/14_evaluation.ipynb #distances-imports
 from collections.abc import Callable
@@ -172,3 +173,12 @@ def nearer_to_training(made: torch.Tensor, train: torch.Tensor,
                          "equally many are needed, or the larger set wins by chance")
     near, far = (distances_between(made, x).amin(1) for x in (train, fresh))
     return int((near < far).sum())
+
+# %% ../chapters/14_evaluation.ipynb #compare-sets-code
+def compare_sets(real: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
+    """The measures of two sets of features (N, D) and (M, D), rounded for a report."""
+    precision, recall = precision_recall(real, made)
+    distance = frechet_distance(fit_gaussian(real), fit_gaussian(made))
+    return {"frechet": round(distance, 2),
+            "kernel": round(kernel_distance(real, made), 4),
+            "precision": round(precision, 3), "recall": round(recall, 3)}

@@ -34,11 +34,11 @@ def relative_error(lhs: Any, rhs: Any) -> float:
 
 # %% ../chapters/00_welcome.ipynb #check-equality
 def check(label: str, lhs: Any, rhs: Any, tol: float) -> None:
-    """Execute the equality called `label`: both sides agree, and 2 % off would show.
+    """Execute the equality called `label`: both sides agree, and 2 % more would show.
 
     `lhs` and `rhs` are numbers or arrays of one shape, computed in different ways;
     `tol` bounds max|lhs - rhs| / max|rhs|. A check that would also accept a
-    right-hand side spoiled by 2 % proves nothing, so it is refused.
+    right-hand side 2 % larger proves little, so it is refused.
 
     Raises AssertionError if the sides differ by more than `tol`, or if the check
     could not have noticed; ValueError for different shapes or a zero right-hand side.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clip_score', 'rank_captions', 'paint', 'judge_vae', 'judge_clip', 'judge_sets', 'draw_sheet', 'make_parser',
-           'evaluate', 'main']
+           'judge_scenes', 'judge_own', 'evaluate', 'main']
 
 # %% ../chapters/14_evaluation.ipynb #metrics-imports
 import argparse
@@ -22,11 +22,11 @@ from tqdm import tqdm
 from .accuracy import choose, judged, share
 from .clip import CLIP, clip_pixels, load_clip
 from sdlib.distances import (
-    fit_gaussian, frechet_distance, image_features, kernel_distance, nearer_to_training,
-    picture_features, precision_recall,
+    compare_sets, image_features, nearer_to_training, picture_features,
 )
 from .drawing import draw_background
 from .images import to_tensor
+from .own_pictures import judge_folder, load_judge, read_exam
 from .pipeline import StableDiffusion, default_model
 from .scenes import Scene, batch, draw, near_misses
 from .tokenizer import Tokenizer
@@ -118,15 +118,11 @@ def judge_sets(pictures: torch.Tensor, chosen: Sequence[Scene],
     encoder, n = image_features(clip), len(chosen)
     drawn = to_tensor([draw(s) for s in chosen])
     made, real = (picture_features(x, encoder) for x in (pictures, drawn))
-    precision, recall = precision_recall(real, made)
     train, fresh = (picture_features(to_tensor(batch(range(n), *where)[0]), encoder)
                     for where in ((0, "train"), (0, "valid")))
-    distance = frechet_distance(fit_gaussian(real), fit_gaussian(made))
     copies = nearer_to_training(made, train, fresh)
-    return {"frechet": round(distance, 2),
-            "kernel": round(kernel_distance(real, made), 4),
-            "precision": round(precision, 3), "recall": round(recall, 3),
-            "nearer to training": round(100 * copies / n, 1), "pictures": n}
+    return compare_sets(real, made) | {
+        "nearer to training": round(100 * copies / n, 1), "pictures": n}
 
 # %% ../chapters/14_evaluation.ipynb #sheet-code
 def draw_sheet(pictures: torch.Tensor, captions: Sequence[str], path: Path) -> None:
@@ -146,11 +142,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `python -m sdlib.metrics`."""
     parser = argparse.ArgumentParser(
         prog="python -m sdlib.metrics",
-        description="Judge an emoji model (pictures, VAE, CLIP): evaluation.json.")
+        description="Judge a model: by emoji scenes whose truth is known, or with "
+        "--data by captioned pictures. Writes a report in JSON.")
     add = parser.add_argument
     add("model", nargs="?", help="model folder (default: models/emoji-sd)")
+    add("--data", metavar="FOLDER", help="captioned pictures to judge by (as for "
+        "training: metadata.jsonl, or fox.txt beside fox.png); default: emoji scenes")
+    add("--clip", metavar="FOLDER", help="with --data: a CLIP as judge (default: the "
+        "model's own)")
     add("--prompts", type=int, default=500, metavar="N",
-        help="prompts of unseen scenes; a fifth as many held-out ones (default 500)")
+        help="how many (default 500); of scenes a fifth as many held-out ones besides")
     add("--steps", type=int, default=20, help="denoising steps (default 20)")
     add("--guidance", type=float, default=5.0, metavar="W",
         help="guidance scale (default 5)")
@@ -158,35 +159,65 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sets", action="store_true", help="also Fréchet and kernel distance, "
         "precision, recall and copies, by the model's own image encoder")
     add("--sheet", metavar="FILE", help="PNG of the first 64 pictures")
-    add("--out", metavar="FILE", help="default: evaluation.json in the model folder")
+    add("--out", metavar="FILE", help="default: evaluation.json in the model folder, "
+        "with --data evaluation-FOLDER.json")
     add("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     return parser
 
 # %% ../chapters/14_evaluation.ipynb #evaluate-code
-def evaluate(options: argparse.Namespace) -> dict:
-    """What the command does: paint, judge, write; returns the report."""
-    if options.prompts < 2:
-        raise ValueError("two prompts at least: one of one object, one of two")
-    folder = Path(options.model or default_model())
-    pipe = StableDiffusion.from_pretrained(folder, device=options.device)
-    clip = load_clip(folder)
+def judge_scenes(pipe: StableDiffusion, clip: CLIP,
+                 options: argparse.Namespace) -> tuple[dict, torch.Tensor, list[str]]:
+    """The exam of emoji scenes: figures, painted pictures and their prompts."""
     few = max(2, options.prompts // 5)
     chosen, unseen = choose("valid", options.prompts), choose("heldout", few)
     exam, hard = ([s.caption for s in x] for x in (chosen, unseen))
     how = (options.steps, options.guidance, options.seed)
     pictures = paint(pipe, exam, *how)
-    report = {"steps": options.steps, "guidance_scale": options.guidance,
-              "vae": judge_vae(pipe.vae, choose("valid", few)),
+    report = {"vae": judge_vae(pipe.vae, choose("valid", few)),
               "clip": judge_clip(clip, pipe.tokenizer, choose("valid", few)),
               "pictures": judged(pictures, exam),
               "held out": judged(paint(pipe, hard, *how), hard)}
-    if options.seed:
-        report["seed"] = options.seed
     if options.sets:
         report["sets"] = judge_sets(pictures, chosen, clip)
+    return report, pictures, exam
+
+
+def judge_own(pipe: StableDiffusion,
+              options: argparse.Namespace) -> tuple[dict, torch.Tensor, list[str]]:
+    """The exam of --data: figures, painted pictures and their prompts."""
+    size = pipe.unet.config.sample_size * pipe.vae.config.factor
+    judge = load_judge(options.clip or options.model or default_model(),
+                       pipe.unet.conv_in.weight.device)
+    real, captions = read_exam(options.data, size, options.prompts)
+    at_a_time = max(1, 25 * 64**2 // size**2)  # as many pixels as 25 emoji scenes
+    pictures = paint(pipe, captions, options.steps, options.guidance, options.seed,
+                     at_a_time)
+    return judge_folder(pipe.vae, *judge, real, pictures, captions), pictures, captions
+
+# %% ../chapters/14_evaluation.ipynb #evaluate-run
+def evaluate(options: argparse.Namespace) -> dict:
+    """What the command does: paint, judge, write; returns the report."""
+    if options.prompts < 2:
+        raise ValueError("two prompts at least: one of one object, one of two")
+    if options.data and options.sets or options.clip and not options.data:
+        raise ValueError("--sets is part of --data, and --clip goes with it only")
+    folder = Path(options.model or default_model())
+    pipe = StableDiffusion.from_pretrained(folder, device=options.device)
+    report = {"steps": options.steps, "guidance_scale": options.guidance}
+    if options.seed:
+        report["seed"] = options.seed
+    if options.data:
+        data = Path(options.data).expanduser().resolve().name
+        found, pictures, captions = judge_own(pipe, options)
+        report |= {"data": data}
+    else:
+        data = None
+        found, pictures, captions = judge_scenes(pipe, load_clip(folder), options)
+    report |= found
     if options.sheet:
-        draw_sheet(pictures, exam, Path(options.sheet))
-    out = Path(options.out) if options.out else folder / "evaluation.json"
+        draw_sheet(pictures, captions, Path(options.sheet))
+    name = f"evaluation-{data}.json" if data else "evaluation.json"
+    out = Path(options.out) if options.out else folder / name
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -160,7 +160,7 @@ def add_painting_options(parser: argparse.ArgumentParser, size: str) -> None:
     add("--rescale", type=float, default=0.0, metavar="PHI",
         help="take the glare out of strong guidance, 0 to 1 (default 0)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="precision of the networks (default float32; float16 needs a GPU)")
+        help="precision of the networks (default float32; float16 is for GPUs)")
     add("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     add("--out", help="PNG file (default: named after prompt and seed)")
 

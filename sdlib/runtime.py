@@ -44,12 +44,12 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
             run()
         return count.peak
     run()  # warm up: compile, choose kernels
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 # %% ../chapters/22_stable_diffusion.ipynb #measure-code
 def measure(pipe: Parts, steps: int = 8, repeats: int = 3, batch: int = 1,
@@ -70,7 +70,7 @@ def measure(pipe: Parts, steps: int = 8, repeats: int = 3, batch: int = 1,
     def stamp(_, i, t, tensors):
         if i in (0, steps - 1):
             if device.type == "cuda":  # its work is done later than it is asked for
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter())
 
     peak = peak_of(lambda: pipe(prompt, **settings), device)

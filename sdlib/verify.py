@@ -28,7 +28,7 @@ PIP = 'pip install "diffusers>=0.35" "transformers>=5.0" "accelerate>=1.0"'
 def references() -> tuple[Any, Any, Any]:
     """diffusers, its converters of single files, and transformers; all of them quiet.
 
-    ImportError with the command that installs them.
+    ImportError with the command that installs them, if one is missing or too old.
     """
     try:
         import diffusers
@@ -37,7 +37,10 @@ def references() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ImportError("sdlib verify compares with diffusers and transformers; "
                           f"one is not installed ({error}): {PIP}") from error
-    for library in (diffusers, transformers):
+    for library, least in ((diffusers, (0, 35)), (transformers, (5, 0))):
+        if tuple(int(n) for n in library.__version__.split(".")[:2]) < least:
+            raise ImportError(f"{library.__name__} {library.__version__} is too old to "
+                              f"compare with: {PIP}")
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     return diffusers, single_file_utils, transformers
@@ -117,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdlib verify", description="Load a model in sdlib and in diffusers and "
         "compare what they compute, part by part. Exit code 0 if all agrees, 1 if not. "
-        f"Needs the references ({PIP}) and, for Stable Diffusion in float32, 9 GB of "
+        f"Needs the references ({PIP}) and, for Stable Diffusion in float32, 11 GB of "
         "memory.")
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="see below (default: emoji-sd)")

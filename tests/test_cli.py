@@ -187,7 +187,7 @@ def test_ctrl_c(ask, monkeypatch):
     assert code == 130 and "interrupted: the pictures named above are whole" in err
     monkeypatch.setattr(conversion, "save_checkpoint", stop)
     code, _, err = ask("convert", "mini", "new.ckpt")
-    assert code == 130 and "nothing was written" in err
+    assert code == 130 and "the target is as it was, or" in err
 
 
 def test_a_real_ctrl_c(models, tmp_path):
@@ -214,6 +214,9 @@ def test_options_from_a_file(ask, scratch):
         code, out, err = ask("generate", FOX, *words, "--seed", "7", "--out", "a.png")
         assert code == 0 and "a.png: 32x24, seed 7, 2 steps" in out, err
     assert read_parameters("a.png")["negative_prompt"] == "a pizza"
+    for words in (["--config=", FOX], [FOX, "--config="]):  # an empty variable of the shell
+        code, _, err = ask("generate", *words)
+        assert code == 1 and "No such file" in err
     (scratch / "flags.yaml").write_text("paste_original: true\n")
     save_png(Image.new("RGB", (32, 32)), "in.png")
     code, _, err = ask("edit", "in.png", FOX, "--model", "mini", "--config", "flags.yaml")
@@ -466,6 +469,16 @@ def test_without_the_references_verify_says_what_to_install(ask, monkeypatch, mi
     assert all(need in dev for need in verify.PIP.split('"')[1::2])
 
 
+def test_references_that_are_too_old_are_refused(ask, monkeypatch):
+    """Their names and file layouts differ: the verdict would be false."""
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    code, out, err = ask("verify", "mini")
+    assert code == 1 and "transformers 4.57.1 is too old" in err and verify.PIP in err
+    assert not out
+
+
 # train and evaluate -------------------------------------------------------------------
 
 @pytest.mark.skipif(not hasattr(training, "make_parser"), reason="no parser yet")
@@ -509,3 +522,13 @@ def test_evaluate_hands_over(ask, monkeypatch):
     assert len(seen) == 2
     metrics.main = lambda words: sys.exit("error: no pictures")
     assert ask("evaluate", "mini") == (1, "", "error: no pictures\n")
+
+
+def test_evaluate_takes_a_folder_of_pictures(ask, scratch):
+    code, _, err = ask("evaluate", "mini", "--data", "pictures", "--device", "cpu")
+    assert code == 1 and "holds no image encoder" in err and "--clip" in err
+    code, _, err = ask("evaluate", "--data", "pictures", "--device", "cpu", "--config", "o.yaml")
+    assert code == 1 and "No such file" in err and "o.yaml" in err
+    (scratch / "o.yaml").write_text("data: pictures\ndevice: cpu\nprompts: 6\n")
+    code, _, err = ask("evaluate", "--config", "o.yaml")
+    assert code == 1 and "there is no folder of pictures 'pictures'" in err

@@ -14,7 +14,7 @@ from helpers import relative_error
 from scipy import linalg, stats
 from torch import nn
 
-from sdlib import accuracy, distances, metrics
+from sdlib import accuracy, distances, metrics, own_pictures
 from sdlib.accuracy import (
     Paired,
     choose,
@@ -40,6 +40,7 @@ from sdlib.distances import (
     precision_recall,
 )
 from sdlib.images import to_tensor
+from sdlib.own_pictures import embed_pairs, judge_folder, load_judge, match, read_exam
 from sdlib.reader import judge_all
 from sdlib.scenes import batch, draw, held_out, scene
 from sdlib.tokenizer import Tokenizer
@@ -419,6 +420,122 @@ def test_the_command_writes_the_shipped_reports_keys(tmp_path, capsys):
     assert json.loads((MODEL / "evaluation.json").read_text()) == SHIPPED
 
 
+# ----------------------------------------------------------- pictures without known truth
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Eight drawn scenes as a folder of captioned pictures, twice the model's size."""
+    folder = tmp_path_factory.mktemp("data") / "own"
+    folder.mkdir()
+    for k, one in enumerate(choose("valid", 8)):
+        draw(one).resize((128, 128), 0).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(one.caption)
+    return folder
+
+
+def test_an_exam_is_spread_over_the_folder_and_cut_to_size(own):
+    captions = [s.caption for s in choose("valid", 8)]
+    x, texts = read_exam(own, 64, 100)
+    assert x.shape == (8, 3, 64, 64) and texts == captions
+    drawn = to_tensor([draw(s) for s in choose("valid", 8)])
+    assert (x - drawn).abs().mean() < 0.02  # enlarged and made smaller again
+    x, texts = read_exam(own, 32, 5)
+    assert x.shape == (5, 3, 32, 32) and texts == [captions[k] for k in (0, 2, 4, 5, 7)]
+
+
+def test_real_pictures_are_at_no_distance_from_themselves(clip, tokenizer):
+    chosen, vae = choose("valid", 8), load_vae()
+    x, captions = to_tensor([draw(s) for s in chosen]), [s.caption for s in chosen]
+    report = judge_folder(vae, clip, tokenizer, x, x, captions)
+    assert report["real"] == report["painted"] and report["pictures"] == 8
+    assert abs(report["sets"]["frechet"]) < 0.01 and report["sets"]["precision"] == 1
+    assert report["real"]["own caption nearest"] == 100
+    score = metrics.clip_score(clip, tokenizer, x, captions).mean()
+    assert abs(report["real"]["clip score"] - float(score)) < 1e-3
+    assert report["vae"]["psnr"] == metrics.judge_vae(vae, chosen)["psnr"]
+    mixed = judge_folder(vae, clip, tokenizer, x, x.flip(0), captions)
+    assert mixed["painted"]["own caption nearest"] < 50 and mixed["sets"]["precision"] == 1
+    worse = judge_folder(vae, clip, tokenizer, x, -x, captions)
+    assert worse["sets"]["frechet"] > 1 and worse["vae"] == report["vae"]
+
+
+def load_vae():
+    from sdlib.vae import AutoencoderKL
+    return AutoencoderKL.from_pretrained(MODEL / "vae")
+
+
+def test_matches_count_equal_captions_as_right():
+    images = torch.eye(3, dtype=torch.float64)
+    assert match(images, images) == {"clip score": 1.0, "own caption nearest": 100.0}
+    texts = images[[0, 2, 1]]  # two captions exchanged
+    assert match(images, texts)["own caption nearest"] == pytest.approx(33.3)
+    same = images[[0, 0, 2]]
+    assert match(same, same)["own caption nearest"] == 100.0
+
+
+def test_the_judge_may_be_transformers_clip(own, tmp_path, clip, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config=clip.text_config.to_dict() | {"vocab_size": len(tokenizer)},
+        vision_config=clip.vision_config.to_dict(), projection_dim=32)
+    theirs = transformers.CLIPModel(config).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    judge, words = load_judge(tmp_path / "clip", "cpu")
+    x, captions = read_exam(own, 64, 8)
+    images, texts = embed_pairs(judge, words, x, captions)
+    with torch.no_grad():
+        wanted = theirs(input_ids=words(captions), attention_mask=None,
+                        pixel_values=clip_pixels(x, judge.vision_config))
+    for got, theirs_are in ((images, wanted.image_embeds), (texts, wanted.text_embeds)):
+        got = torch.nn.functional.normalize(got, dim=1)
+        assert relative_error(got, theirs_are.double()) < 1e-5
+
+
+def test_the_command_judges_by_a_folder(own, tmp_path, capsys):
+    out, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
+    arguments = [str(MODEL), "--data", str(own), "--prompts", "6", "--steps", "1",
+                 "--guidance", "1", "--device", "cpu", "--sheet", str(sheet)]
+    metrics.main([*arguments, "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert list(report) == ["steps", "guidance_scale", "data", "vae", "real", "painted",
+                            "sets", "pictures"]
+    assert report["data"] == "own" and report["pictures"] == 6 and sheet.stat().st_size > 1000
+    assert report["painted"]["clip score"] < report["real"]["clip score"]
+    assert json.loads((MODEL / "evaluation.json").read_text()) == SHIPPED
+    options = metrics.make_parser().parse_args([*arguments, "--clip", str(MODEL)])
+    options.model = str(tmp_path / "copy")
+    (tmp_path / "copy").mkdir()
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
+        (tmp_path / "copy" / part).symlink_to(MODEL / part)
+    assert metrics.evaluate(options)["sets"] == report["sets"]
+    assert (tmp_path / "copy" / "evaluation-own.json").is_file()
+    options.clip = None
+    with pytest.raises(FileNotFoundError, match="holds no image encoder.*--clip"):
+        metrics.evaluate(options)
+
+
+def test_broken_pictures_are_named(own, tmp_path):
+    (tmp_path / "own").mkdir()
+    for path in own.iterdir():
+        (tmp_path / "own" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "own" / "3.png").write_bytes((own / "3.png").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
+        read_exam(tmp_path / "own", 64, 8)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "OWN", "--prompts", "4"], "error: 4 captioned pictures of "),
+    (["--data", "nowhere"], "error: there is no folder of pictures 'nowhere'"),
+    (["--data", "OWN", "--sets"], "error: --sets is part of --data"),
+    (["--clip", "somewhere"], "error: --sets is part of --data, and --clip")])
+def test_errors_of_the_data_folder_are_one_line(arguments, message, own):
+    words = [str(own) if word == "OWN" else word for word in arguments]
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([str(MODEL), "--device", "cpu", *words])
+    assert str(stop.value).startswith(message) and "\n" not in str(stop.value)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere"], "error: there is no model folder 'nowhere'"),
     ([str(MODEL), "--prompts", "1"], "error: two prompts at least")])
@@ -455,5 +572,5 @@ def test_the_shipped_numbers_of_vae_and_clip_come_out_again(clip, tokenizer):
 
 def test_the_module_names_no_inception():
     """Numbers from our encoder are not called FID or KID."""
-    for name in distances.__all__ + metrics.__all__:
+    for name in distances.__all__ + metrics.__all__ + own_pictures.__all__:
         assert "fid" not in name.lower() and "kid" not in name.lower()

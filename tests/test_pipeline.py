@@ -84,6 +84,9 @@ def theirs(folder):
 def load_theirs(folder):
     reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     reference.set_progress_bar_config(disable=True)
+    encoder = reference.text_encoder
+    if not hasattr(encoder, "text_model"):  # diffusers 0.42 asks for it at clip_skip,
+        object.__setattr__(encoder, "text_model", encoder)  # transformers 5 lacks it
     return reference
 
 

@@ -40,6 +40,7 @@ if str(ROOT) not in sys.path:
 
 from sdlib import StableDiffusion  # noqa: E402
 from sdlib.clip import CLIPTextConfig, CLIPTextModel  # noqa: E402
+from sdlib.costs import flops, weight_bytes  # noqa: E402
 from sdlib.schedulers import (  # noqa: E402
     DDIMConfig,
     DDIMScheduler,
@@ -204,11 +205,6 @@ def peak_memory(call, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def weight_bytes(pipe) -> int:
-    tensors = {t.data_ptr(): t for part in PARTS for t in getattr(pipe, part).parameters()}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -239,15 +235,11 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
 
 def unet_flop(config: UNetConfig, size: int, length: int) -> int:
     """FLOP of one prediction for one picture, counted on shapes alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.device("meta"):
         unet = UNet2DConditionModel(config)
         z = torch.empty(1, config.in_channels, size, size)
         t, context = torch.empty(1), torch.empty(1, length, config.cross_attention_dim)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            unet(z, t, context)
-    return counter.get_total_flops()
+        return flops(lambda: unet(z, t, context))
 
 
 def machine(device: str) -> str:
@@ -275,7 +267,9 @@ def measure(pipes: dict, options) -> dict:
         z = latents[name]
         decode(z)
         beside = max(peak_memory(denoise, device), peak_memory(lambda d=decode, z=z: d(z), device))
-        found[name] = {"weights_bytes": weight_bytes(pipes[name]), "beside_bytes": beside,
+        weights = sum(weight_bytes(getattr(pipes[name], part), getattr(torch, options.dtype))
+                      for part in PARTS)
+        found[name] = {"weights_bytes": weights, "beside_bytes": beside,
                        "seconds": [], "decode_seconds": []}
     for turn in range(options.repeats):
         for name in sorted(pipes, reverse=turn % 2 == 0):

@@ -50,7 +50,12 @@ WRONG = {
         (_frechet(centered="first, second"), "must be centered"),
         (_frechet(numbers="len(first), len(second)"), "N - 1 and M - 1"),
         (_frechet(cross="(torch.linalg.svdvals(a @ b.T) ** 2).sum() / (n * m)"),
+         "those are the eigenvalues"),
+        (_frechet(cross="(torch.linalg.svdvals(a @ b.T) / math.sqrt(n * m)).sqrt().sum()"),
          "are the roots already"),
+        ("def ex_14_3(first, second):\n"
+         "    return frechet_distance(fit_gaussian(first), fit_gaussian(second))",
+         "by way of a D x D matrix"),
         (_frechet(shift="(first.mean(0) - second.mean(0)).norm()"), "has to be squared"),
         (_frechet(shift="0.0"), "instead of"),
     ],

@@ -1,0 +1,228 @@
+"""What must run on a GPU, tried on the pretended one beside the CPU: `python device_cases.py`.
+
+Prints a line of JSON, case -> "" or what went wrong, of all cases or
+those named. Each case is a function of the device; it
+returns a tensor, which must be the CPU's, and lie where the case was asked to compute.
+"""
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers import relative_error  # noqa: E402
+from pretended_gpu import OnGPU, install  # noqa: E402
+
+from sdlib import noise, schedulers  # noqa: E402
+from sdlib.clip import load_clip  # noqa: E402
+from sdlib.img2img import ImageToImage  # noqa: E402
+from sdlib.inpainting import Inpainting  # noqa: E402
+from sdlib.interpolation import Walk  # noqa: E402
+from sdlib.own_pictures import judge_folder, load_judge, read_exam  # noqa: E402
+from sdlib.pipeline import StableDiffusion  # noqa: E402
+from sdlib.previews import Watch, learn_preview  # noqa: E402
+from sdlib.runs import TrainingConfig  # noqa: E402
+from sdlib.tiling import TiledVAE, Tiling  # noqa: E402
+from sdlib.training import Trainer, train_step  # noqa: E402
+from sdlib.unet import UNet2DConditionModel, UNetConfig  # noqa: E402
+
+MODEL = ROOT / "models" / "emoji-sd"
+FOX = "a fox to the left of a pizza, blue background"
+QUICK = {"num_inference_steps": 3, "seed": 0, "progress": False, "output_type": "pt"}
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def pipeline(device, nine=False):
+    pipe = StableDiffusion.from_pretrained(MODEL, device=device)
+    if nine:
+        config = UNetConfig.from_dict(pipe.unet.config.to_dict() | {"in_channels": 9})
+        torch.manual_seed(0)
+        pipe.unet = UNet2DConditionModel(config).eval().to(device)
+    return pipe
+
+
+def picture():
+    return Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+
+
+def hole():
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    return mask
+
+
+@case
+def text_to_image(device):
+    return pipeline(device)([FOX, "two red hearts"], negative_prompt="a pizza", eta=0.5,
+                            guidance_rescale=0.5, clip_skip=1, **QUICK)
+
+
+@case
+def weighted_prompts(device):
+    return pipeline(device)(f"(a fox:1.3) [left] {FOX * 4}", weighted=True, **QUICK)
+
+
+@case
+def every_scheduler(device):
+    pipe, found = pipeline(device), []
+    for name in sorted(dir(schedulers)):
+        if name.endswith("Scheduler") and name != "Scheduler":
+            kind = getattr(schedulers, name)
+            config = {k: v for k, v in pipe.scheduler.config.to_dict().items()
+                      if k in ("prediction_type", "beta_start", "beta_end", "beta_schedule")}
+            if name == "LCMScheduler":
+                config["original_inference_steps"] = 50
+            pipe.scheduler = kind(**config)
+            found.append(pipe(FOX, **QUICK | {"num_inference_steps": 6}))
+    assert len(found) >= 8
+    return torch.cat(found)
+
+
+@case
+def image_to_image(device):
+    return ImageToImage.from_pipe(pipeline(device))(FOX, picture(), strength=0.7, **QUICK)
+
+
+@case
+def inpainting(device):
+    return Inpainting.from_pipe(pipeline(device))(FOX, picture(), hole(), strength=0.7,
+                                                  paste_original=True, **QUICK)
+
+
+@case
+def inpainting_nine_channels(device):
+    return Inpainting.from_pipe(pipeline(device, nine=True))(FOX, picture(), hole(), **QUICK)
+
+
+@case
+def walk(device):
+    return Walk.from_pipe(pipeline(device))([FOX, "two red hearts"], [0, 1], 3,
+                                            num_inference_steps=2, progress=False,
+                                            output_type="pt")
+
+
+@case
+def previews_and_tiles(device):
+    pipe = pipeline(device)
+    watch = Watch(learn_preview(pipe, torch.randn(2, 4, 16, 16).to(device)))
+    pipe.vae = TiledVAE(pipe.vae, Tiling(tiles=True, slices=True, tile=8))
+    image = pipe(FOX, callback_on_step_end=watch, **QUICK)
+    return torch.cat([image.flatten(), watch.film(8).to(image).flatten()])
+
+
+def trained(device, task, **options):
+    """The gradient of one step of training, all tensors in a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet"):
+            Path(folder, part).symlink_to(MODEL / part)
+        config = TrainingConfig(task=task, output=folder, steps=2, batch_size=4,
+                                precision="float32", options=options)
+        trainer = Trainer(config, torch.device(device))
+        trainer.task.prepare(Path(folder))
+        train_step(trainer)
+        return torch.cat([p.grad.flatten() for p in trainer.module.parameters()
+                          if p.grad is not None])
+
+
+@case
+def training_the_vae(device):
+    return trained(device, "vae")
+
+
+@case
+def training_clip(device):
+    return trained(device, "clip", tokenizer_captions=500)
+
+
+@case
+def training_the_unet(device):
+    return trained(device, "diffusion", scenes=64)
+
+
+@case
+def training_on_close_ups(device):
+    return trained(device, "diffusion", scenes=64, close_ups=1.0)
+
+
+@case
+def training_on_pictures(device):
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(5):
+            picture().rotate(30 * k).save(Path(folder, f"{k}.png"))
+            Path(folder, f"{k}.txt").write_text(FOX)
+        return trained(device, "pictures", pictures=folder, size=64,
+                       gradient_checkpointing=True)
+
+
+@case
+def judging(device):
+    pipe, found = pipeline(device), []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(6):
+            picture().rotate(30 * k).save(Path(folder, f"{k}.png"))
+            Path(folder, f"{k}.txt").write_text(f"{FOX} {k}")
+        real, captions = read_exam(folder, 64, 6)
+    report = judge_folder(pipe.vae, *load_judge(MODEL, device), real, real.flip(3), captions)
+    for group in ("vae", "real", "painted", "sets"):
+        found += report[group].values()
+    clip = load_clip(MODEL, device=device)
+    ids = pipe.tokenizer(captions).to(device)
+    found += clip.encode_text(ids).flatten().tolist()
+    return torch.tensor(found).to(device)
+
+
+@case
+def refuses_what_a_gpu_refuses(device):
+    """The pretended GPU itself: what must fail does, what must not, does not."""
+    if device == "cpu":
+        return torch.zeros(1)
+    x, y = torch.ones(2, 3, device="cuda"), torch.ones(3)
+    for wrong in (lambda: x + y, lambda: y.reshape(1, 3) @ x.T, lambda: torch.cat([x, y[None]]),
+                  lambda: x.numpy(), lambda: y[torch.tensor([0]).to("cuda")],
+                  lambda: torch.where(y > 0, x, 0.0), lambda: torch.nn.Linear(3, 3)(x)):
+        try:
+            wrong()
+        except (RuntimeError, TypeError):
+            continue
+        raise AssertionError("this would have failed on a GPU")
+    assert (x + torch.tensor(1.0)).is_cuda and x[torch.tensor([0])].is_cuda
+    assert (x.cpu() + y).device.type == "cpu" and x.to(y).device.type == "cpu"
+    return x.sum() * 0 + torch.zeros(1, device="cuda")
+
+
+def main():
+    install()
+    if "--plant" in sys.argv:  # noise scales that stay where the schedule is
+        like = noise.alpha_bar_like
+        noise.alpha_bar_like = lambda process, t, x: like(process, t, x.cpu())
+    found, asked = {}, [name for name in sys.argv[1:] if name in CASES]
+    for name in asked or CASES:
+        function = CASES[name]
+        try:
+            torch.manual_seed(0)
+            expected = function("cpu")
+            torch.manual_seed(0)
+            got = function("cuda")
+            assert isinstance(got, OnGPU), "the result is not on the GPU"
+            error = relative_error(got.cpu(), expected) if expected.any() else 0.0
+            assert error < 1e-4, f"differs from the CPU's by {error:.2g}"
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
