@@ -27,6 +27,7 @@ from sdlib.distances import (
 from .drawing import draw_background
 from .images import to_tensor
 from .own_pictures import judge_folder, load_judge, read_exam
+from .picture_folder import captioned_pictures
 from .pipeline import StableDiffusion, default_model
 from .scenes import Scene, batch, draw, near_misses
 from .tokenizer import Tokenizer
@@ -201,6 +202,8 @@ def evaluate(options: argparse.Namespace) -> dict:
         raise ValueError("two prompts at least: one of one object, one of two")
     if options.data and options.sets or options.clip and not options.data:
         raise ValueError("--sets is part of --data, and --clip goes with it only")
+    if options.data:
+        captioned_pictures(options.data)  # its errors, before anything is loaded
     folder = Path(options.model or default_model())
     pipe = StableDiffusion.from_pretrained(folder, device=options.device)
     report = {"steps": options.steps, "guidance_scale": options.guidance}

@@ -526,6 +526,11 @@ def test_evaluate_hands_over(ask, monkeypatch):
 
 def test_evaluate_takes_a_folder_of_pictures(ask, scratch):
     code, _, err = ask("evaluate", "mini", "--data", "pictures", "--device", "cpu")
+    assert code == 1 and "there is no folder of pictures 'pictures'" in err
+    for k in range(5):
+        save_png(Image.new("RGB", (40, 32), (50 * k, 0, 0)), f"own/{k}.png")
+        (scratch / "own" / f"{k}.txt").write_text(FOX)
+    code, _, err = ask("evaluate", "mini", "--data", "own", "--device", "cpu")
     assert code == 1 and "holds no image encoder" in err and "--clip" in err
     code, _, err = ask("evaluate", "--data", "pictures", "--device", "cpu", "--config", "o.yaml")
     assert code == 1 and "No such file" in err and "o.yaml" in err
