@@ -4,13 +4,12 @@ Code that forgets to move a tensor works on a CPU and stops on a GPU; this finds
 machines without one. `install()` changes torch for the whole process, so the tests run it in
 processes of their own. It knows what a tensor says about its device, what PyTorch allows to
 meet (a CPU tensor of one number, indices), and the answers of `torch.cuda`; no speed, memory,
-streams, graphs or kernels of a GPU.
+streams, graphs, autocast or kernels of a GPU.
 """
 
 import types
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,7 +18,6 @@ NAME = "Pretended GPU"
 CUDA = torch.device("cuda:0")
 # Operations whose other arguments may lie elsewhere: copies, and indexing by CPU tensors.
 MEET = ("aten.copy_.", "aten._to_copy.", "aten.index.", "aten.index_put", "aten._index_put")
-fused = F.scaled_dot_product_attention
 TO_NUMPY = {torch.Tensor.numpy, torch.Tensor.__array__}
 
 
@@ -53,6 +51,8 @@ class OnGPU(torch.Tensor):
                                "found at least two devices, cuda:0 and cpu")
         if name.startswith("aten.index") and not isinstance(args[0], OnGPU):
             raise RuntimeError("indices should be on the CPU, as the indexed tensor")
+        if name.startswith("aten._fused_sdp_choice"):
+            return 0  # attention written out: the kernels are chosen by device
         if there is not None:
             kwargs["device"] = "cpu"
         result = operation(*tree_map(bare, args), **tree_map(bare, kwargs))
@@ -152,20 +152,6 @@ def put(x, items, value):
     x.inner[tuple(bare(i) for i in items)] = bare(value)
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """Written out: torch chooses its kernel by a device that it does not know here."""
-    if not isinstance(q, OnGPU):
-        return fused(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = OnGPU(torch.ones(scores.shape[-2:], dtype=torch.bool).tril())
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ v
-
-
 class Pretending(TorchFunctionMode):
     """What has to be changed before torch's own C++ looks at the device."""
 
@@ -224,12 +210,13 @@ def install(capability: tuple[int, int] = (7, 5), memory: int = 15 * 2**30) -> N
     answers = {"is_available": True, "device_count": 1, "current_device": 0,
                "get_device_name": NAME, "get_device_capability": capability,
                "get_device_properties": properties, "mem_get_info": (memory, memory),
-               "is_bf16_supported": capability >= (8, 0), "memory_allocated": 0,
+               "memory_allocated": 0,
                "memory_reserved": 0, "max_memory_allocated": 1, "max_memory_reserved": 1,
                **dict.fromkeys(("synchronize", "empty_cache", "manual_seed", "manual_seed_all",
                                 "reset_peak_memory_stats"))}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    F.scaled_dot_product_attention = attention
+    torch.cuda.is_bf16_supported = (  # "yes" means that it may be emulated
+        lambda including_emulation=True: including_emulation or capability >= (8, 0))
     torch.autograd.set_multithreading_enabled(False)  # backward, too, where the mode holds
     Pretending().__enter__()
