@@ -23,7 +23,9 @@ SHORTER = {
     "22": [("(20, 3) if on_gpu", "(3, 1) if on_gpu"), ('"float16"}', '"float32"}'),
            ("channels_last=True, compile=True", "channels_last=True")],
 }
-CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+# The chapters that compute on a GPU where there is one.
+CHAPTERS = [next((ROOT / "chapters").glob(f"{number}_*.ipynb"))
+            for number in "00 04 07 09 12 13 14 15 16 22".split()]
 
 
 def run_cases(*arguments):
