@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONNOUSERSITE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-full book export restore image train clean
+.PHONY: help lab test test-full test-gpu book export restore image train clean
 
 help: ## list these commands
 	@echo "Stable Diffusion from Scratch"
@@ -60,6 +60,11 @@ test-full: ## the tests that are too long or too large for `make test`
 	@$(INSTALL) dev
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -p no:cacheprovider -m full tests
+
+test-gpu: ## the chapters that can use a GPU, on a pretended one
+	@$(INSTALL) dev
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -p no:cacheprovider -m gpu tests
 
 book: ## build the web pages: _build/html/index.html
 	@$(INSTALL) book

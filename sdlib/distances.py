@@ -110,18 +110,19 @@ def frechet_bias(truth: Gaussian, n: int) -> float:
     return float((1.25 * values.sum() + pairs / 2) / n)
 
 # %% ../chapters/14_evaluation.ipynb #kernel-code
-def kernel_distance(first: torch.Tensor, second: torch.Tensor,
-                    degree: int = 3) -> float:
+def kernel_distance(first: torch.Tensor, second: torch.Tensor, degree: int = 3,
+                    paired: bool = False) -> float:
     """Unbiased squared MMD with the kernel (x y / D + 1)^degree; may be negative.
 
     The "KID" of Binkowski et al. (2018), if the features (N, D) and (M, D) are
-    Inception's.
+    Inception's. The samples are independent, or `paired`: row k of both belongs to one
+    caption; then those N pairs are left out.
     Memory grows with N^2: several thousand pictures at a time. ValueError for N < 2.
     """
     (n, d), (m, other) = first.shape, second.shape
-    if d != other or min(n, m) < 2:
+    if d != other or min(n, m) < 2 or paired and n != m:
         raise ValueError(f"features {(n, d)} and {(m, other)}: two or more each, "
-                         "of one size")
+                         "of one size, and as many if they are paired")
     x, y = first.double(), second.double()
 
     def kernel(a, b):
@@ -130,7 +131,9 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor,
     xx, yy = kernel(x, x), kernel(y, y)
     within = ((xx.sum() - xx.trace()) / (n * (n - 1))
               + (yy.sum() - yy.trace()) / (m * (m - 1)))
-    return float(within - 2 * kernel(x, y).mean())
+    xy = kernel(x, y)
+    between = (xy.sum() - xy.trace()) / (n * (n - 1)) if paired else xy.mean()
+    return float(within - 2 * between)
 
 # %% ../chapters/14_evaluation.ipynb #neighbors-code
 def distances_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -176,9 +179,12 @@ def nearer_to_training(made: torch.Tensor, train: torch.Tensor,
 
 # %% ../chapters/14_evaluation.ipynb #compare-sets-code
 def compare_sets(real: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
-    """The measures of two sets of features (N, D) and (M, D), rounded for a report."""
+    """The measures of two sets of features (N, D), rounded for a report.
+
+    Row k of both belongs to the same caption.
+    """
     precision, recall = precision_recall(real, made)
     distance = frechet_distance(fit_gaussian(real), fit_gaussian(made))
     return {"frechet": round(distance, 2),
-            "kernel": round(kernel_distance(real, made), 4),
+            "kernel": round(kernel_distance(real, made, paired=True), 4),
             "precision": round(precision, 3), "recall": round(recall, 3)}

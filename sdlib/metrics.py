@@ -157,8 +157,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=5.0, metavar="W",
         help="guidance scale (default 5)")
     add("--seed", type=int, default=0, help="of the first picture; others count up")
-    add("--sets", action="store_true", help="also Fréchet and kernel distance, "
-        "precision, recall and copies, by the model's own image encoder")
+    add("--sets", action="store_true", help="of emoji scenes: also Fréchet and "
+        "kernel distance, precision, recall and copies, by the model's image encoder")
     add("--sheet", metavar="FILE", help="PNG of the first 64 pictures")
     add("--out", metavar="FILE", help="default: evaluation.json in the model folder, "
         "with --data evaluation-FOLDER.json")
@@ -175,7 +175,7 @@ def judge_scenes(pipe: StableDiffusion, clip: CLIP,
     how = (options.steps, options.guidance, options.seed)
     pictures = paint(pipe, exam, *how)
     report = {"vae": judge_vae(pipe.vae, choose("valid", few)),
-              "clip": judge_clip(clip, pipe.tokenizer, choose("valid", few)),
+              "clip": judge_clip(clip, pipe.tokenizer, choose("valid", max(33, few))),
               "pictures": judged(pictures, exam),
               "held out": judged(paint(pipe, hard, *how), hard)}
     if options.sets:
@@ -201,7 +201,8 @@ def evaluate(options: argparse.Namespace) -> dict:
     if options.prompts < 2:
         raise ValueError("two prompts at least: one of one object, one of two")
     if options.data and options.sets or options.clip and not options.data:
-        raise ValueError("--sets is part of --data, and --clip goes with it only")
+        raise ValueError("--sets is for emoji scenes (--data compares sets anyway, "
+                         "without the copy test), and --clip is for --data")
     if options.data:
         captioned_pictures(options.data)  # its errors, before anything is loaded
     folder = Path(options.model or default_model())

@@ -53,7 +53,7 @@ def test_a_tensor_left_behind_is_noticed():
     assert not found["text_to_image"]
 
 
-@pytest.mark.full
+@pytest.mark.gpu
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_the_chapter_runs_on_a_gpu(path, tmp_path):
     nb = nbformat.read(path, 4)
