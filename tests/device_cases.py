@@ -1,8 +1,7 @@
 """What must run on a GPU, tried on the pretended one beside the CPU: `python device_cases.py`.
 
-Prints a line of JSON, case -> "" or what went wrong, of all cases or
-those named. Each case is a function of the device; it
-returns a tensor, which must be the CPU's, and lie where the case was asked to compute.
+Prints a line of JSON, case -> "" or what went wrong, of all cases or of those named. A case is a
+function of the device that returns tensors, each of which must be the CPU's and lie on the device.
 """
 
 import json
@@ -25,12 +24,13 @@ from sdlib.clip import load_clip  # noqa: E402
 from sdlib.img2img import ImageToImage  # noqa: E402
 from sdlib.inpainting import Inpainting  # noqa: E402
 from sdlib.interpolation import Walk  # noqa: E402
+from sdlib.offload import offload  # noqa: E402
 from sdlib.own_pictures import judge_folder, load_judge, read_exam  # noqa: E402
 from sdlib.pipeline import StableDiffusion  # noqa: E402
 from sdlib.previews import Watch, learn_preview  # noqa: E402
 from sdlib.runs import TrainingConfig  # noqa: E402
 from sdlib.tiling import TiledVAE, Tiling  # noqa: E402
-from sdlib.training import Trainer, train_step  # noqa: E402
+from sdlib.training import Trainer, train_step, validate  # noqa: E402
 from sdlib.unet import UNet2DConditionModel, UNetConfig  # noqa: E402
 
 MODEL = ROOT / "models" / "emoji-sd"
@@ -87,7 +87,7 @@ def every_scheduler(device):
             pipe.scheduler = kind(**config)
             found.append(pipe(FOX, **QUICK | {"num_inference_steps": 6}))
     assert len(found) >= 8
-    return torch.cat(found)
+    return found
 
 
 @case
@@ -119,11 +119,26 @@ def previews_and_tiles(device):
     watch = Watch(learn_preview(pipe, torch.randn(2, 4, 16, 16).to(device)))
     pipe.vae = TiledVAE(pipe.vae, Tiling(tiles=True, slices=True, tile=8))
     image = pipe(FOX, callback_on_step_end=watch, **QUICK)
-    return torch.cat([image.flatten(), watch.film(8).to(image).flatten()])
+    return [image, watch.film(8).to(device)]  # the film comes home to the CPU
+
+
+@case
+def parts_that_take_turns(device):
+    """The parts live on the CPU and visit the device; the picture comes home, too."""
+    pipe = pipeline("cpu")
+    stage = offload(pipe, device)
+    image = pipe(FOX, **QUICK)
+    assert [name for _, name in stage.moves] == [
+        "text_encoder", "text_encoder", "unet", "unet", "vae"]
+    assert image.device.type == "cpu"
+    return image.to(device)
 
 
 def trained(device, task, **options):
-    """The gradient of one step of training, all tensors in a row."""
+    """The gradient of one step of training, and what validation says after it.
+
+    (Not the weights: AdamW's first step follows the sign of gradients however small.)
+    """
     with tempfile.TemporaryDirectory() as folder:
         for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet"):
             Path(folder, part).symlink_to(MODEL / part)
@@ -132,8 +147,15 @@ def trained(device, task, **options):
         trainer = Trainer(config, torch.device(device))
         trainer.task.prepare(Path(folder))
         train_step(trainer)
-        return torch.cat([p.grad.flatten() for p in trainer.module.parameters()
-                          if p.grad is not None])
+        module = trainer.module
+        grads = [p.grad for p in module.parameters()]
+        assert all(g is not None and g.shape == p.shape
+                   for g, p in zip(grads, module.parameters()))
+        figures = validate(trainer, 1)
+        assert all(w.device.type == device and w.isfinite().all()
+                   for w in (*module.parameters(), *trainer.ema.weights.values()))
+        return [torch.cat([g.flatten() for g in grads]),
+                torch.tensor([*figures.values()]).to(device)]
 
 
 @case
@@ -176,30 +198,56 @@ def judging(device):
         real, captions = read_exam(folder, 64, 6)
     report = judge_folder(pipe.vae, *load_judge(MODEL, device), real, real.flip(3), captions)
     for group in ("vae", "real", "painted", "sets"):
-        found += report[group].values()
-    clip = load_clip(MODEL, device=device)
+        found += [torch.tensor([float(x)]).to(device) for x in report[group].values()]
     ids = pipe.tokenizer(captions).to(device)
-    found += clip.encode_text(ids).flatten().tolist()
-    return torch.tensor(found).to(device)
+    return [*found, load_clip(MODEL, device=device).encode_text(ids)]
 
 
 @case
 def refuses_what_a_gpu_refuses(device):
-    """The pretended GPU itself: what must fail does, what must not, does not."""
+    """The pretended GPU itself: what must fail does, and says so; what must not, does not."""
     if device == "cpu":
-        return torch.zeros(1)
-    x, y = torch.ones(2, 3, device="cuda"), torch.ones(3)
-    for wrong in (lambda: x + y, lambda: y.reshape(1, 3) @ x.T, lambda: torch.cat([x, y[None]]),
-                  lambda: x.numpy(), lambda: y[torch.tensor([0]).to("cuda")],
-                  lambda: torch.where(y > 0, x, 0.0), lambda: torch.nn.Linear(3, 3)(x)):
+        return torch.ones(1)
+    x, y, one = torch.ones(2, 3, device="cuda"), torch.ones(3), torch.tensor(1.0)
+    first, mask, cpu = torch.tensor([0]), torch.tensor([True, False]), torch.Generator()
+
+    def assign():
+        x[first] = y
+
+    wrong = [
+        lambda: x + y, lambda: y.reshape(1, 3) @ x.T, lambda: torch.cat([x, y[None]]),
+        lambda: x.numpy(), lambda: y[first.to("cuda")], lambda: torch.where(y > 0, x, 0.0),
+        lambda: torch.nn.Linear(3, 3)(x), lambda: torch.stack([one, one.to("cuda")]),
+        lambda: y.clone().add_(x[0]), lambda: one.clone().add_(x.sum()), assign,
+        lambda: x.index_put_((first,), y[None]), lambda: x.index_select(0, first),
+        lambda: torch.randn(3, generator=cpu, device="cuda"),
+        lambda: torch.randn_like(x, generator=cpu), lambda: torch.zeros(2, device="cuda:5")]
+    for k, mistake in enumerate(wrong):
         try:
-            wrong()
-        except (RuntimeError, TypeError):
-            continue
-        raise AssertionError("this would have failed on a GPU")
-    assert (x + torch.tensor(1.0)).is_cuda and x[torch.tensor([0])].is_cuda
+            mistake()
+        except (RuntimeError, TypeError) as error:
+            assert any(words in str(error) for words in (
+                "same device", "to numpy", "invalid device")), error
+        else:
+            raise AssertionError(f"number {k} would have failed on a GPU")
+    z = torch.zeros(2, 3, device="cuda")
+    z[0] = y  # copied across
+    z[1, :2] = 2
+    z[mask] = x[:1] * 3
+    w = torch.ones(3, requires_grad=True)
+    (w.to("cuda") * 4).backward(gradient=torch.ones(3, device="cuda") * 5)
+    half = torch.nn.Linear(2, 2).to("cuda").half()
+    assert w.grad.tolist() == [20.0] * 3 and half.weight.inner.dtype == torch.float16
+    assert (x + one).is_cuda and x[first].is_cuda and x.lerp(x, one).is_cuda
     assert (x.cpu() + y).device.type == "cpu" and x.to(y).device.type == "cpu"
-    return x.sum() * 0 + torch.zeros(1, device="cuda")
+    assert torch.zeros_like(x, device="cpu").device.type == "cpu" and f"{x.sum():.1f}" == "6.0"
+    torch.manual_seed(0)
+    here, there = torch.randn(3), torch.randn(3, device="cuda")
+    torch.manual_seed(0)
+    assert here.equal(torch.randn(3)) and not here.equal(there.cpu())
+    assert torch.randn(3, generator=torch.Generator("cuda"), device="cuda").is_cuda
+    assert z.tolist() == [[3, 3, 3], [2, 2, 0]]
+    return torch.ones(1, device="cuda")
 
 
 def main():
@@ -207,21 +255,25 @@ def main():
     if "--plant" in sys.argv:  # noise scales that stay where the schedule is
         like = noise.alpha_bar_like
         noise.alpha_bar_like = lambda process, t, x: like(process, t, x.cpu())
-    found, asked = {}, [name for name in sys.argv[1:] if name in CASES]
-    for name in asked or CASES:
-        function = CASES[name]
+    found = {}
+    for name in [word for word in sys.argv[1:] if word != "--plant"] or CASES:
         try:
-            torch.manual_seed(0)
-            expected = function("cpu")
-            torch.manual_seed(0)
-            got = function("cuda")
-            assert isinstance(got, OnGPU), "the result is not on the GPU"
-            error = relative_error(got.cpu(), expected) if expected.any() else 0.0
-            assert error < 1e-4, f"differs from the CPU's by {error:.2g}"
+            expected, got = (in_a_list(CASES[name], device) for device in ("cpu", "cuda"))
+            assert not any(isinstance(x, OnGPU) for x in expected), "the CPU's is on the GPU"
+            assert all(isinstance(x, OnGPU) for x in got), "a result is not on the GPU"
+            for ours, theirs in zip(got, expected, strict=True):
+                error = relative_error(ours.detach().cpu(), theirs.detach())
+                assert error < 1e-4, f"differs by {error:.2g}"
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
     print(json.dumps(found))
+
+
+def in_a_list(function, device):
+    torch.manual_seed(0)
+    result = function(device)
+    return [result] if isinstance(result, torch.Tensor) else result
 
 
 if __name__ == "__main__":

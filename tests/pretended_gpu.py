@@ -2,9 +2,10 @@
 
 Code that forgets to move a tensor works on a CPU and stops on a GPU; this finds such places on
 machines without one. `install()` changes torch for the whole process, so the tests run it in
-processes of their own. It knows what a tensor says about its device, what PyTorch allows to
-meet (a CPU tensor of one number, indices), and the answers of `torch.cuda`; no speed, memory,
-streams, graphs, autocast or kernels of a GPU.
+processes of their own. It knows what a tensor says about its device, what may meet (CPU numbers
+of shape () in elementwise operations, CPU indices, copies), generators, and the answers of
+`torch.cuda`. Not pretended: speed, memory, streams, graphs, autocast, fused optimizers, other
+threads, the state of the GPU's own random numbers, and files of `torch.save`.
 """
 
 import types
@@ -16,9 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "Pretended GPU"
 CUDA = torch.device("cuda:0")
-# Operations whose other arguments may lie elsewhere: copies, and indexing by CPU tensors.
-MEET = ("aten.copy_.", "aten._to_copy.", "aten.index.", "aten.index_put", "aten._index_put")
-TO_NUMPY = {torch.Tensor.numpy, torch.Tensor.__array__}
+# Operations whose arguments may lie on two devices, and those that are not marked as
+# elementwise but take a number of shape () from the CPU.
+MEET = ("aten.copy_.", "aten._to_copy.")
+INDEX = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")
+NUMBERS = ("aten.fill", "aten.masked_fill", "aten.index_fill", "aten.mse_loss", "aten._foreach")
+DRAWN_ON_THE_GPU = [torch.Generator().manual_seed(4711).get_state()]
+LIBRARIES = []  # what they register holds for as long as they live
 
 
 class OnGPU(torch.Tensor):
@@ -42,27 +47,63 @@ class OnGPU(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs, name = dict(kwargs or {}), str(operation)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        name, there = str(operation), kwargs.get("device")
-        if not name.startswith(MEET) and any(
-                x.ndim and not isinstance(x, OnGPU) for x in tensors):
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but "
-                               "found at least two devices, cuda:0 and cpu")
-        if name.startswith("aten.index") and not isinstance(args[0], OnGPU):
-            raise RuntimeError("indices should be on the CPU, as the indexed tensor")
+        require_one_device(operation, name, args, tensors)
         if name.startswith("aten._fused_sdp_choice"):
             return 0  # attention written out: the kernels are chosen by device
-        if there is not None:
+        target = kwargs.get("device")
+        if target is not None:
             kwargs["device"] = "cpu"
-        result = operation(*tree_map(bare, args), **tree_map(bare, kwargs))
+        seeded = torch.Tag.nondeterministic_seeded in operation.tags
+        call = own_draw if seeded and kwargs.get("generator") is None else run
+        result = call(operation, tree_map(bare, args), tree_map(bare, kwargs))
         if name.startswith("aten.copy_."):
-            return args[0]
-        if name.startswith("aten._to_copy.") and there is not None and not on_gpu(there):
+            return args[0]  # which may be the CPU's
+        if target is not None and not on_gpu(target):
             return result
-        known = {id(x.inner): x for x in tensors if isinstance(x, OnGPU)}
-        return tree_map(lambda x: known.get(id(x), cls(x))
-                        if isinstance(x, torch.Tensor) else x, result)
+        wrappers = {id(x.inner): x for x in tensors if isinstance(x, OnGPU)}
+        for x in wrappers.values():
+            assert x.shape == x.inner.shape, f"{name}: cannot be pretended"
+
+        def wrap(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return wrappers[id(x)] if id(x) in wrappers else cls(x)
+
+        return tree_map(wrap, result)
+
+
+def require_one_device(operation, name, args, tensors) -> None:
+    """RuntimeError where CUDA raises one."""
+    elementwise = torch.Tag.pointwise in operation.tags or name.startswith(NUMBERS)
+    schema = operation._schema.arguments
+    changed = args[0] if schema and schema[0].is_write else None
+    for x in tensors:
+        if isinstance(x, OnGPU) or name.startswith(MEET):
+            continue
+        if name.startswith(INDEX):
+            if x is args[0]:
+                raise RuntimeError(f"{name}: indices should be on the same device as the "
+                                   "indexed tensor (cpu)")
+            if not any(x is i for i in args[1]) and x.ndim:
+                raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+        elif x.ndim or not elementwise or x is changed:
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but "
+                               "found at least two devices, cuda:0 and cpu")
+
+
+def run(function, args, kwargs):
+    return function(*args, **kwargs)
+
+
+def own_draw(function, args, kwargs):
+    """Random numbers of the GPU's own: others than the CPU's from the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(DRAWN_ON_THE_GPU[0])
+        result = function(*args, **kwargs)
+        DRAWN_ON_THE_GPU[0] = torch.get_rng_state()
+    return result
 
 
 class Moved(torch.autograd.Function):
@@ -74,7 +115,7 @@ class Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.inner.clone()
+        return bare(gradient).clone()
 
 
 def bare(x):
@@ -82,10 +123,12 @@ def bare(x):
 
 
 def on_gpu(device) -> bool:
-    if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         return False
-    kind = torch.device(device).type if not isinstance(device, int) else "cuda"
-    return kind in ("cuda", "pretended")
+    device = CUDA if device == 0 else torch.device(device)
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise RuntimeError(f"invalid device ordinal: {device}")
+    return device.type in ("cuda", "pretended")
 
 
 def move(x):
@@ -109,16 +152,18 @@ def to(x, *args, **kwargs):
     return x.to(*args, **kwargs)
 
 
-def index_of(x):
-    return OnGPU(torch.as_tensor(x)) if isinstance(x, list) or getattr(
-        x, "ndim", 0) and not isinstance(x, torch.Tensor) else x
+def tensors_in(items) -> bool:
+    return any(isinstance(i, list) or getattr(i, "ndim", 0) for i in items)
 
 
 def take(x, items):
     """`x[items]`, in operations that reach `__torch_dispatch__`."""
-    items = [index_of(i) for i in (items if isinstance(items, tuple) else (items,))]
+    items = [torch.as_tensor(i) if tensors_in([i]) else i
+             for i in (items if isinstance(items, tuple) else (items,))]
     items = [int(i) if isinstance(i, torch.Tensor) and not i.ndim and i.dtype != torch.bool
              else i for i in items]
+    if any(isinstance(i, bool) for i in items):
+        raise NotImplementedError("an index of True or False")
     if any(i is Ellipsis for i in items):
         used = sum(i.ndim if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1
                    for i in items if i is not None and i is not Ellipsis)
@@ -145,11 +190,31 @@ def take(x, items):
 
 
 def put(x, items, value):
-    """`x[items] = value`."""
-    if isinstance(value, torch.Tensor) and value.ndim and not isinstance(value, OnGPU):
-        raise RuntimeError("a CPU tensor is assigned to a part of one on cuda:0")
-    items = items if isinstance(items, tuple) else (items,)
+    """`x[items] = value`: copied across devices, unless the items hold tensors."""
+    items, given = items if isinstance(items, tuple) else (items,), torch.is_tensor(value)
+    if not tensors_in(items):
+        part = take(x, items)
+        _ = part.copy_(value) if given else part.fill_(value)
+        return
+    if given and value.ndim and not isinstance(value, OnGPU):
+        raise RuntimeError("index_put_: expected all tensors to be on the same device")
+    if torch.is_grad_enabled() and (x.requires_grad or given and value.requires_grad):
+        raise NotImplementedError("gradients through an assignment by tensors")
     x.inner[tuple(bare(i) for i in items)] = bare(value)
+
+
+class Generator(torch.Generator):
+    """One that says where it draws."""
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls, "cpu")
+        made.there = CUDA if on_gpu(device) else torch.device("cpu")
+        return made
+
+    def __init__(self, device="cpu"):
+        pass
+
+    device = property(lambda self: self.there)
 
 
 class Pretending(TorchFunctionMode):
@@ -157,42 +222,59 @@ class Pretending(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, x = dict(kwargs or {}), args[0] if args else None
+        made_on_gpu, generator = on_gpu(kwargs.get("device")), kwargs.get("generator")
+        if generator is not None and on_gpu(generator.device) != (
+                made_on_gpu or any(isinstance(a, OnGPU) for a in args)):
+            raise RuntimeError("expected a generator on the same device as the tensor, found "
+                               f"one on {generator.device}")
         if function is torch.Tensor.to:
             return to(*args, **kwargs)
-        if function is torch.Tensor.backward:
-            with self:  # what is computed again in there belongs to the mode, too
-                kwargs.pop("gradient", None)  # of a number: one
-                return torch.autograd.backward(x, **kwargs)
         if function is torch.Tensor.cuda:
             return move(x)
         if function is torch.as_tensor and isinstance(x, torch.Tensor):
             return to(x, **kwargs)  # keeps the gradient
         if isinstance(x, OnGPU):
-            if function in TO_NUMPY:
-                raise TypeError("can't convert cuda:0 device type tensor to numpy. Use "
-                                "Tensor.cpu() to copy the tensor to host memory first.")
-            if function in (torch.Tensor.tolist, torch.Tensor.data_ptr):
-                return function(x.inner.detach())
-            if function is torch.Tensor.__getitem__:
-                return take(*args)
-            if function is torch.Tensor.__setitem__:
-                return put(*args)
-        if on_gpu(kwargs.get("device")):
-            made = function(*map(bare, args), **kwargs | {"device": "cpu"})
+            if function in TAKEN_OVER:
+                return TAKEN_OVER[function](x, *args[1:], **kwargs)
+            if function == torch.Tensor.data.__set__:  # == : each look makes a new one
+                function(*args)
+                x.inner = args[1].inner
+                return None
+        if made_on_gpu:
+            draws = generator is None and function.__name__.startswith(("rand", "normal"))
+            made = (own_draw if draws else run)(
+                function, tree_map(bare, args), kwargs | {"device": "cpu"})
             return OnGPU(made.detach(), made.requires_grad)
         return function(*args, **kwargs)
 
 
-def empty(size, dtype=None, device=None, **_):
-    return OnGPU(torch.empty(size, dtype=dtype))
+def no_numpy(x, *args, force=False, **kwargs):
+    if force:
+        return x.inner.detach().numpy()
+    raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy "
+                    "the tensor to host memory first.")
 
 
-def empty_strided(size, stride, dtype=None, device=None, **_):
+TAKEN_OVER = {
+    torch.Tensor.numpy: no_numpy, torch.Tensor.__array__: no_numpy,
+    torch.Tensor.tolist: lambda x: x.inner.detach().tolist(),
+    torch.Tensor.data_ptr: lambda x: x.inner.data_ptr(),
+    torch.Tensor.__format__: lambda x, form: format(x.inner.detach() if not x.ndim else repr(x),
+                                                    form),
+    torch.Tensor.__getitem__: take, torch.Tensor.__setitem__: put,
+}
+
+
+def empty(size, dtype=None, memory_format=None, **_):
+    return OnGPU(torch.empty(size, dtype=dtype, memory_format=memory_format))
+
+
+def empty_strided(size, stride, dtype=None, **_):
     return OnGPU(torch.empty_strided(size, stride, dtype=dtype))
 
 
 class Backend(backend_registration._DummyBackendModule):
-    """What `torch.autocast` asks of a device."""
+    """What the checkpointing of `torch.utils` asks of a device."""
 
     def get_amp_supported_dtype(self):
         return [torch.float32, torch.float16, torch.bfloat16]
@@ -201,22 +283,29 @@ class Backend(backend_registration._DummyBackendModule):
 def install(capability: tuple[int, int] = (7, 5), memory: int = 15 * 2**30) -> None:
     """From now on this process has a GPU: by default with the numbers of a T4."""
     backend_registration._setup_privateuseone_for_python_backend("pretended", Backend())
-    library = torch.library.Library("aten", "IMPL")  # what torch's C++ makes by itself
-    library.impl("empty.memory_format", empty, "PrivateUse1")
-    library.impl("empty_strided", empty_strided, "PrivateUse1")
-    torch._pretended_library = library  # for as long as the process lives
+    LIBRARIES.append(torch.library.Library("aten", "IMPL"))  # what torch's C++ makes by itself
+    LIBRARIES[0].impl("empty.memory_format", empty, "PrivateUse1")
+    LIBRARIES[0].impl("empty_strided", empty_strided, "PrivateUse1")
     properties = types.SimpleNamespace(name=NAME, major=capability[0], minor=capability[1],
                                        total_memory=memory)
     answers = {"is_available": True, "device_count": 1, "current_device": 0,
                "get_device_name": NAME, "get_device_capability": capability,
                "get_device_properties": properties, "mem_get_info": (memory, memory),
-               "memory_allocated": 0,
-               "memory_reserved": 0, "max_memory_allocated": 1, "max_memory_reserved": 1,
+               "memory_allocated": 0, "memory_reserved": 0,
+               "max_memory_allocated": 1, "max_memory_reserved": 1,  # some memory, at the peak
                **dict.fromkeys(("synchronize", "empty_cache", "manual_seed", "manual_seed_all",
                                 "reset_peak_memory_stats"))}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.is_bf16_supported = (  # "yes" means that it may be emulated
         lambda including_emulation=True: including_emulation or capability >= (8, 0))
+    torch.Generator = Generator
     torch.autograd.set_multithreading_enabled(False)  # backward, too, where the mode holds
-    Pretending().__enter__()
+    mode, engine = Pretending(), torch.autograd._engine_run_backward
+
+    def run_backward(*args, **kwargs):
+        with mode:  # what backward computes again is pretended, too
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward
+    mode.__enter__()
