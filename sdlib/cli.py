@@ -141,9 +141,9 @@ def expand_config(arguments: list[str]) -> list[str]:
     """
     words, said = list(arguments), []
     for k, word in enumerate(arguments):
-        if word.startswith("--config=") or word == "--config" and words[k + 1:]:
-            joined = word.startswith("--config=")
-            file = word.removeprefix("--config=") if joined else words[k + 1]
+        option, joined, file = word.partition("=")
+        if option == "--config" and (joined or words[k + 1:]):
+            file = file if joined else words[k + 1]
             del words[k:k + (1 if joined else 2)]
             for name, value in read_options(file).items():
                 option = "--" + name.replace("_", "-")

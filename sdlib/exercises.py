@@ -34,11 +34,11 @@ def relative_error(lhs: Any, rhs: Any) -> float:
 
 # %% ../chapters/00_welcome.ipynb #check-equality
 def check(label: str, lhs: Any, rhs: Any, tol: float) -> None:
-    """Execute the equality called `label`: both sides agree, and 2 % more would show.
+    """Execute the equality called `label`: both sides agree, and 2 % off would show.
 
     `lhs` and `rhs` are numbers or arrays of one shape, computed in different ways;
     `tol` bounds max|lhs - rhs| / max|rhs|. A check that would also accept a
-    right-hand side 2 % larger proves little, so it is refused.
+    right-hand side 2 % larger or smaller proves little, so it is refused.
 
     Raises AssertionError if the sides differ by more than `tol`, or if the check
     could not have noticed; ValueError for different shapes or a zero right-hand side.
@@ -46,7 +46,7 @@ def check(label: str, lhs: Any, rhs: Any, tol: float) -> None:
     error = relative_error(lhs, rhs)
     if not error <= tol:  # written so that NaN fails
         raise AssertionError(f"{label}: the sides differ by {error:.2g} > {tol:g}")
-    if relative_error(lhs, 1.02 * _array(rhs)) <= tol:
+    if any(relative_error(lhs, factor * _array(rhs)) <= tol for factor in (0.98, 1.02)):
         raise AssertionError(f"{label}: this check would not notice an error of 2 %")
     print(f"{label}: both sides agree within {tol:g}")
 

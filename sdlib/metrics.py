@@ -26,7 +26,7 @@ from sdlib.distances import (
 )
 from .drawing import draw_background
 from .images import to_tensor
-from .own_pictures import judge_folder, load_judge, read_exam
+from .own_pictures import embed_pairs, judge_folder, load_judge, read_exam
 from .picture_folder import captioned_pictures
 from .pipeline import StableDiffusion, default_model
 from .scenes import Scene, batch, draw, near_misses
@@ -34,7 +34,6 @@ from .tokenizer import Tokenizer
 from .vae import AutoencoderKL
 
 # %% ../chapters/14_evaluation.ipynb #clip-score-code
-@torch.no_grad()
 def clip_score(clip: CLIP, tokenizer: Tokenizer, pictures: torch.Tensor,
                captions: Sequence[str]) -> torch.Tensor:
     """Cosine of each picture with its caption: (B, 3, H, W) in [-1, 1] -> (B,).
@@ -43,10 +42,7 @@ def clip_score(clip: CLIP, tokenizer: Tokenizer, pictures: torch.Tensor,
     """
     if len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions")
-    clip.eval()
-    image = torch.cat([clip.encode_image(clip_pixels(part, clip.vision_config))
-                       for part in pictures.split(64)])
-    return F.cosine_similarity(image, clip.encode_text(tokenizer(list(captions))))
+    return F.cosine_similarity(*embed_pairs(clip, tokenizer, pictures, captions))
 
 # %% ../chapters/14_evaluation.ipynb #rank-code
 @torch.no_grad()
@@ -58,8 +54,9 @@ def rank_captions(clip: CLIP, tokenizer: Tokenizer, picture: torch.Tensor,
     picture: (3, H, W) in [-1, 1]; `misses` captions wrong in one thing, drawn by seed.
     """
     wrong = near_misses(scene, np.random.default_rng(seed), misses)
-    ids = tokenizer([scene.caption, *wrong, *others])
-    logits = clip(ids, clip_pixels(picture[None], clip.vision_config))[0]
+    device = next(clip.parameters()).device
+    ids = tokenizer([scene.caption, *wrong, *others]).to(device)
+    logits = clip(ids, clip_pixels(picture[None].to(device), clip.vision_config))[0]
     return (logits.argmax().item() == 0,
             bool(logits[0] > logits[1 + len(wrong):].max()))
 
@@ -211,16 +208,14 @@ def evaluate(options: argparse.Namespace) -> dict:
     if options.seed:
         report["seed"] = options.seed
     if options.data:
-        data = Path(options.data).expanduser().resolve().name
+        report["data"] = Path(options.data).expanduser().resolve().name
         found, pictures, captions = judge_own(pipe, options)
-        report |= {"data": data}
     else:
-        data = None
         found, pictures, captions = judge_scenes(pipe, load_clip(folder), options)
     report |= found
     if options.sheet:
         draw_sheet(pictures, captions, Path(options.sheet))
-    name = f"evaluation-{data}.json" if data else "evaluation.json"
+    name = f"evaluation-{report['data']}.json" if options.data else "evaluation.json"
     out = Path(options.out) if options.out else folder / name
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -20,15 +20,16 @@ from helpers import relative_error  # noqa: E402
 from pretended_gpu import OnGPU, install  # noqa: E402
 
 from sdlib import noise, schedulers  # noqa: E402
-from sdlib.clip import load_clip  # noqa: E402
 from sdlib.img2img import ImageToImage  # noqa: E402
 from sdlib.inpainting import Inpainting  # noqa: E402
 from sdlib.interpolation import Walk  # noqa: E402
+from sdlib.metrics import clip_score, rank_captions  # noqa: E402
 from sdlib.offload import offload  # noqa: E402
 from sdlib.own_pictures import judge_folder, load_judge, read_exam  # noqa: E402
 from sdlib.pipeline import StableDiffusion  # noqa: E402
 from sdlib.previews import Watch, learn_preview  # noqa: E402
 from sdlib.runs import TrainingConfig  # noqa: E402
+from sdlib.scenes import scene  # noqa: E402
 from sdlib.tiling import TiledVAE, Tiling  # noqa: E402
 from sdlib.training import Trainer, train_step, validate  # noqa: E402
 from sdlib.unet import UNet2DConditionModel, UNetConfig  # noqa: E402
@@ -199,8 +200,11 @@ def judging(device):
     report = judge_folder(pipe.vae, *load_judge(MODEL, device), real, real.flip(3), captions)
     for group in ("vae", "real", "painted", "sets"):
         found += [torch.tensor([float(x)]).to(device) for x in report[group].values()]
-    ids = pipe.tokenizer(captions).to(device)
-    return [*found, load_clip(MODEL, device=device).encode_text(ids)]
+    clip, words = load_judge(MODEL, device)
+    found += [clip_score(clip, words, real, captions).to(device),
+              clip.encode_text(words(captions).to(device))]
+    beaten = rank_captions(clip, words, real[0], scene(1), captions, seed=0)
+    return [*found, torch.tensor([1.0, *map(float, beaten)]).to(device)]
 
 
 @case

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,7 @@ def test_ctrl_c(ask, monkeypatch):
     monkeypatch.setattr(conversion, "save_checkpoint", stop)
     code, _, err = ask("convert", "mini", "new.ckpt")
     assert code == 130 and "the target is as it was, or" in err
+    assert not Path("new.ckpt").exists()
 
 
 def test_a_real_ctrl_c(models, tmp_path):

@@ -1,5 +1,6 @@
 """A reader's first minute: `make lab`, Run All in chapter 00, pictures appear."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -71,9 +74,6 @@ def lab(tmp_path_factory):
 
 
 def test_busy_port_is_announced_and_the_token_is_on(lab):
-    import urllib.error
-    import urllib.request
-
     folder, address = lab
     said = (folder.parent / "log").read_text()
     assert "takes the next free one" in said
@@ -96,7 +96,7 @@ def test_run_all_paints(lab):
         page = chromium.new_page(viewport={"width": 1300, "height": 1000})
         page.goto(address, timeout=90_000)
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-        page.wait_for_function(IDLE, timeout=90_000)
+        wait_for_kernel(page, address)
         cells = run_all(page, folder / CHAPTER)
         shown = page.locator(".jp-OutputArea-output img").count()
         chromium.close()
@@ -110,30 +110,62 @@ def test_run_all_paints(lab):
     assert "?token=" in address
 
 
+def wait_for_kernel(page, address: str, patience: float = 90.0) -> None:
+    """Until the notebook has a kernel and listens to it.
+
+    The indicator says "idle" before there is a kernel; Run All would then ask for one.
+    """
+    page.wait_for_selector(".jp-Toolbar-kernelName >> text=Python 3", timeout=90_000)
+    base, token = address.split("/lab")[0], address.split("token=")[1]
+    end = time.time() + patience
+    while time.time() < end:
+        with urllib.request.urlopen(f"{base}/api/kernels?token={token}") as answer:
+            kernels = json.load(answer)
+        if any(k["connections"] and k["execution_state"] == "idle" for k in kernels):
+            page.wait_for_function(IDLE, timeout=90_000)
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no kernel was ready after {patience:.0f} seconds: {kernels}")
+
+
 def choose(page, menu: str, entry: str) -> None:
-    """Click an entry of JupyterLab's menu."""
+    """Click an entry of JupyterLab's menu; a dialog in the way is an error, and quoted."""
+    from playwright.sync_api import TimeoutError
+
     page.keyboard.press("Escape")
-    page.locator("#jp-MainMenu").get_by_role("menuitem", name=menu, exact=True).click()
-    page.get_by_role("menuitem", name=re.compile(rf"^{entry}\b")).first.click()
+    try:
+        page.locator("#jp-MainMenu").get_by_role(
+            "menuitem", name=menu, exact=True).click()
+        page.get_by_role("menuitem", name=re.compile(rf"^{entry}\b")).first.click()
+    except TimeoutError:
+        for dialog in page.locator("dialog.jp-Dialog").all():
+            pytest.fail(f"{menu}, {entry}: JupyterLab asks {dialog.inner_text()!r}")
+        raise
+
+
+def save(page, path: Path, patience: float = 60.0) -> list:
+    """The code cells of the notebook's file, once it was written again."""
+    before, end = path.stat().st_mtime_ns, time.time() + patience
+    choose(page, "File", "Save Notebook")
+    while path.stat().st_mtime_ns == before:
+        assert time.time() < end, f"{path} was not written in {patience:.0f} seconds"
+        time.sleep(0.5)
+    time.sleep(1)  # until the page has heard of it: a save during another one asks
+    return [cell for cell in nbformat.read(path, as_version=4).cells
+            if cell.cell_type == "code" and cell.source.strip()]
 
 
 def run_all(page, path: Path, patience: float = 240.0) -> list:
     """Run All, then save until the file shows that every code cell has run."""
     choose(page, "Run", "Run All Cells")
-    started, end = time.time(), time.time() + patience
+    end = time.time() + patience
     while time.time() < end:
         time.sleep(2)
         if not page.evaluate(IDLE):
             continue
-        choose(page, "File", "Save Notebook")
-        time.sleep(2)
-        cells = [c for c in nbformat.read(path, as_version=4).cells
-                 if c.cell_type == "code" and c.source.strip()]
+        cells = save(page, path)
         failed = any(o.output_type == "error" for c in cells for o in c.outputs)
         if failed or all(c.execution_count for c in cells):
             return cells
-        if not any(c.execution_count for c in cells) and time.time() > started + 30:
-            choose(page, "Run", "Run All Cells")  # a click too early is lost
-            started = time.time()
     page.screenshot(path=str(path.parent / "stuck.png"))
     pytest.fail(f"Run All did not finish in {patience:.0f} seconds: see {path.parent}")
