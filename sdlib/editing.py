@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import torch
-
 from .img2img import ImageToImage
 from .inpainting import Inpainting
 from .interpolation import Walk
@@ -21,6 +19,7 @@ from sdlib.pipeline import (
     add_painting_options,
     default_model,
     output_paths,
+    working_dtype,
 )
 from .plan import image_seeds, save_png
 
@@ -62,8 +61,9 @@ def edit(options: argparse.Namespace,
     if options.mask:
         asked |= {"mask_image": options.mask, "paste_original": options.paste_original}
     kind = Inpainting if options.mask else ImageToImage
-    pipe = kind.from_pipe(load(options.model or default_model(),
-                               getattr(torch, options.dtype), options.device))
+    dtype = working_dtype(options)
+    pipe = kind.from_pipe(
+        load(options.model or default_model(), dtype, options.device))
     loaded = time.perf_counter()
     images = pipe(options.prompt, options.image, negative_prompt=options.negative,
                   num_inference_steps=options.steps, guidance_scale=options.guidance,
@@ -73,7 +73,8 @@ def edit(options: argparse.Namespace,
     for image, path, seed in zip(images, paths, seeds):
         save_png(image, path)
         print(f"{path}: {image.width}x{image.height}, seed {seed}")
-    print(f"painted in {painted - loaded:.2f} s (loaded in {loaded - begin:.2f} s)")
+    print(f"painted in {painted - loaded:.2f} s "
+          f"(loaded in {loaded - begin:.2f} s, {dtype})")
 
 # %% ../chapters/16_editing.ipynb #main-code
 def main(arguments: list[str] | None = None) -> None:

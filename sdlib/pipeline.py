@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['guided_prediction', 'rescale_guidance', 'Way', 'Denoiser', 'StableDiffusion', 'add_painting_options', 'make_parser',
-           'output_paths', 'default_model', 'paint', 'main']
+           'output_paths', 'default_model', 'working_dtype', 'paint', 'main']
 
 # %% ../chapters/13_pipeline.ipynb #pipeline-imports
 import argparse
@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .latents import Latents, check_output
+from .parts import default_device
 from .plan import Options, Plan, image_seeds, make_plan, save_png
 from .unet import UNet2DConditionModel
 
@@ -159,8 +160,8 @@ def add_painting_options(parser: argparse.ArgumentParser, size: str) -> None:
         help="leave out the text encoder's last N layers (default 0)")
     add("--rescale", type=float, default=0.0, metavar="PHI",
         help="take the glare out of strong guidance, 0 to 1 (default 0)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="precision of the networks (default float32; float16 is for GPUs)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="precision of the networks (default: float16 on a GPU, else float32)")
     add("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     add("--out", help="PNG file (default: named after prompt and seed)")
 
@@ -184,7 +185,7 @@ def output_paths(out: str | None, prompt: str, seeds: list[int]) -> list[Path]:
         return [path]
     return [path.with_stem(f"{path.stem}-{seed}") for seed in seeds]
 
-# %% ../chapters/13_pipeline.ipynb #main-code
+# %% ../chapters/13_pipeline.ipynb #defaults-code
 def default_model() -> Path:
     """models/emoji-sd here, or beside the package."""
     here, beside = (folder / "models" / "emoji-sd"
@@ -192,14 +193,22 @@ def default_model() -> Path:
     return beside if not here.is_dir() and beside.is_dir() else here
 
 
+def working_dtype(options: argparse.Namespace) -> torch.dtype:
+    """--dtype; if nobody asks, float16 on a GPU (half the memory), else float32."""
+    if options.dtype:
+        return getattr(torch, options.dtype)
+    device = torch.device(options.device or default_device())
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+# %% ../chapters/13_pipeline.ipynb #main-code
 def paint(options: argparse.Namespace,
           load: Callable = StableDiffusion.from_pretrained) -> None:
     """What the command does; `load(model, dtype, device)` returns the pipeline."""
     begin = time.perf_counter()
     seeds = image_seeds(options.seed, options.number)
     paths = output_paths(options.out, options.prompt, seeds)
-    pipe = load(options.model or default_model(), getattr(torch, options.dtype),
-                options.device)
+    dtype = working_dtype(options)
+    pipe = load(options.model or default_model(), dtype, options.device)
     loaded = time.perf_counter()
     images = pipe(options.prompt, options.negative, options.height, options.width,
                   num_inference_steps=options.steps, guidance_scale=options.guidance,
@@ -211,7 +220,8 @@ def paint(options: argparse.Namespace,
         save_png(image, path)
         print(f"{path}: {image.width}x{image.height}, seed {seed}, "
               f"{options.steps} steps")
-    print(f"painted in {painted - loaded:.2f} s (loaded in {loaded - begin:.2f} s)")
+    print(f"painted in {painted - loaded:.2f} s "
+          f"(loaded in {loaded - begin:.2f} s, {dtype})")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,8 +21,10 @@ from sdlib.pipeline import (
     StableDiffusion,
     guided_prediction,
     main,
+    make_parser,
     output_paths,
     rescale_guidance,
+    working_dtype,
 )
 from sdlib.plan import image_seeds, initial_noise, read_parameters, save_png
 from sdlib.prompts import encode_prompts, expand_prompts
@@ -583,6 +585,21 @@ def test_an_unknown_scheduler_is_replaced_with_a_warning(tmp_path):
 
 
 # The command --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("asked, dtype", [
+    (["--device", "cuda"], torch.float16), (["--device", "cuda:1"], torch.float16),
+    (["--device", "cpu"], torch.float32),
+    (["--device", "cuda", "--dtype", "float32"], torch.float32),
+    (["--device", "cpu", "--dtype", "bfloat16"], torch.bfloat16)])
+def test_half_precision_is_what_a_gpu_gets_unless_asked_otherwise(asked, dtype):
+    assert working_dtype(make_parser().parse_args([FOX, *asked])) == dtype
+
+
+@pytest.mark.parametrize("there, dtype", [(True, torch.float16), (False, torch.float32)])
+def test_half_precision_follows_the_device_that_is_found(there, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert working_dtype(make_parser().parse_args([FOX])) == dtype
+
 
 def test_command_paints_and_says_how_long(folder, tmp_path, capsys):
     out = tmp_path / "fox.png"

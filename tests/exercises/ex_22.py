@@ -70,6 +70,9 @@ WRONG = {
         ("def ex_22_3(q, k, v, size):\n    return attention(q, k, v)",
          "as much memory as before"),
         ("def ex_22_3(q, k, v, size):\n"
+         "    return torch.cat([attention(p, k, v) for p in q.chunk(size, -2)], -2)",
+         "not into `size` parts"),
+        ("def ex_22_3(q, k, v, size):\n"
          "    return attention(q[..., :size, :], k, v)", "50 queries want 50 answers"),
         ("def ex_22_3(q, k, v, size):\n"
          "    parts = [attention(p, k, v) for p in q.split(size, -2)]\n"
@@ -80,6 +83,7 @@ WRONG = {
         (_CACHE.format(new="False", keep="x"), "got the remembered result of the first"),
         (_CACHE.format(new="not torch.equal(x, last[0])", keep="x"),
          "equal numbers: you compare numbers"),
+        (_CACHE.format(new="last[0] != id(x)", keep="id(x)"), "an id was taken"),
         ("def ex_22_4(linear):\n"
          "    return lambda x: linear(x) - linear(x) + linear(x)", "reaches the layer once"),
     ],
