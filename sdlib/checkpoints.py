@@ -61,7 +61,7 @@ def assemble(path: str | Path, wanted: list[Wanted], tensors: dict[str, torch.Te
              device: str | torch.device, ema: bool = True) -> dict[str, nn.Module]:
     """All wanted parts from the tensors of one place; strict.
 
-    First everything is compared, names and shapes; only then are numbers read.
+    First everything is compared, names and shapes; only then is memory taken.
     CheckpointError, with the report, if anything is missing, misshapen or unexpected.
     """
     if foreign := other_family(tensors):
@@ -76,14 +76,17 @@ def assemble(path: str | Path, wanted: list[Wanted], tensors: dict[str, torch.Te
     if absent:
         raise CheckpointError(path, f"holds no {' and no '.join(absent)} of Stable "
                               f"Diffusion 1.x; its tensors are {sorted(tensors)[:3]}",
-                              "A file with one part only is read by load_part", report)
+                              "A file with one part only is read by load_part"
+                              if len(absent) == len(wanted) - 1 else
+                              "Take a file with all three parts", report)
     sort_rest(report, wanted, tensors, others, alone=len(wanted) == 1)
     if problems := report.problems():
         shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         raise CheckpointError(path, f"is not the model that was expected, "
                               f"{len(problems)} problems: {shown}", "Is it Stable "
                               "Diffusion 1.x, and complete? A model of another shape "
-                              "needs like=FOLDER", report)
+                              "needs like=FOLDER; if only averaged weights are "
+                              "missing, ema=False takes the others", report)
     return {part.part: fill(part, found.table, tensors, dtype, device, path)
             for part, found in zip(wanted, fits)}
 
@@ -207,7 +210,8 @@ def save_checkpoint(parts: Parts, path: str | Path, dtype: torch.dtype | None = 
 
     Most programs read it if it has the shapes of Stable Diffusion 1.x.
     `.safetensors` or `.ckpt`, by the name; written whole or not at all. Tokenizer and
-    scheduler are not in such a file. ValueError for another ending.
+    scheduler are not in such a file. ValueError for another ending, or numbers beyond
+    the range of `dtype`.
     """
     path, state = Path(path), {}
     if path.suffix not in (".safetensors", ".ckpt"):
@@ -215,6 +219,9 @@ def save_checkpoint(parts: Parts, path: str | Path, dtype: torch.dtype | None = 
     for wanted in wanted_parts({k: getattr(parts, k).config for k in Parts.modules}):
         state |= to_layout(wanted, getattr(parts, wanted.part), "CompVis")
     state = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
+    for name, x in state.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite in {x.dtype}")
     handle, draft = tempfile.mkstemp(dir=path.absolute().parent,
                                      prefix=f".{path.name}-")
     os.close(handle)

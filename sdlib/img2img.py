@@ -84,12 +84,14 @@ class Edits(PictureLatents):
             ) -> tuple[Plan, torch.Tensor, tuple[int, int]]:
         """The plan, the pictures (B, 3, H, W), and the size that `image` had."""
         x, factor = picture_tensor(image), self.vae.config.factor
-        size, scale = whole_size(x, factor), (height, width) != (None, None)
+        wish = height, width
+        size = whole_size(x, factor) if None in wish else wish
         if isinstance(prompt, str):
             prompt = [prompt] * len(x)
         plan = make_plan(prompt, negative_prompt, count, seed,
                          size[0] if height is None else height,
                          size[1] if width is None else width, factor, options)
+        scale = wish != (None, None)
         x = per_picture(x, len(plan.prompts) // count, count, "pictures")
         device = self.unet.conv_in.weight.device
         return plan, fit(x.to(device), plan.height, plan.width, scale), x.shape[-2:]

@@ -151,8 +151,8 @@ def why_ignored(name: str, averaged: bool, spare: bool = False) -> str | None:
 # %% ../chapters/15_real_weights.ipynb #families-code
 _FIRST = "Load Stable Diffusion 1.x first; chapter "
 _FAMILIES = (
-    (("lora_unet_", "lora_te", ".lora_", "lora_A.", ".lora."), "holds a LoRA, small "
-     "changes to a model", _FIRST + "17 adds a LoRA to it"),
+    (("lora_unet_", "lora_te", ".lora_", "_lora.", "lora_A.", ".lora."),
+     "holds a LoRA, small changes to a model", _FIRST + "17 adds a LoRA to it"),
     (("conditioner.embedders.",), "holds Stable Diffusion XL", ""),
     (("cond_stage_model.model.",), "holds Stable Diffusion 2.x", ""),
     (("joint_blocks.", "joint_transformer_blocks."), "holds Stable Diffusion 3", ""),

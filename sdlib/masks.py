@@ -29,10 +29,12 @@ def flatten(image: Image.Image | str | Path, ground: str = "white") -> Image.Ima
         image = Image.open(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more
-        gray = np.asarray(image, dtype=np.float32)
+        gray, clear = np.asarray(image, np.float32), image.info.get("transparency")
         brightest = 255 if image.mode in "IF" and gray.max(initial=0) <= 255 else 65535
-        gray = (gray * (255 / brightest)).clip(0, 255).astype(np.uint8)
-        image = Image.fromarray(gray)
+        shown = (gray * (255 / brightest)).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(shown)
+        if clear is not None:  # a value of gray that stands for "nothing here"
+            image.putalpha(Image.fromarray(np.uint8(255) * (gray != clear)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)

@@ -32,7 +32,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         check_tokens(text)
         values = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError,
+            yaml.YAMLError) as error:  # of values that are not what their tag says
         reason = str(error).split("\n")[0]
         raise CheckpointError(path, f"is no plain YAML ({reason})", advice) from error
     if not isinstance(values, dict):
@@ -53,13 +54,21 @@ def check_tokens(text: str) -> None:
             raise ValueError("it is nested too deeply")
 
 # %% ../chapters/15_real_weights.ipynb #original-config-code
+_SCHEDULE = {"parameterization": "eps", "timesteps": 1000, "linear_start": 0.00085,
+             "linear_end": 0.012}  # what Stable Diffusion 1.x has, and so our blueprint
+
+
 def read_original_config(path: str | Path) -> dict[str, Config]:
     """Our configs from CompVis' `v1-inference.yaml` and its like.
 
     Only the numbers are used; the classes that it names ("target") are never imported.
+    CheckpointError for another noise schedule than that of Stable Diffusion 1.x.
     """
     try:
         model = read_yaml(path)["model"]["params"]
+        for key, value in _SCHEDULE.items():
+            if model.get(key, value) != value:
+                raise ValueError(f"{key}: {model[key]!r}")
         unet, vae = (model[k]["params"] for k in ("unet_config", "first_stage_config"))
         size = model.get("image_size", 64)  # the U-Net's own image_size is unused
         configs = {"unet": original_unet(unet, size),
@@ -71,7 +80,9 @@ def read_original_config(path: str | Path) -> dict[str, Config]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(path, f"does not describe Stable Diffusion 1.x "
-                              f"({error!r})", "Take v1-inference.yaml") from error
+                              f"({error!r})", "Take v1-inference.yaml for a file of "
+                              "plain Stable Diffusion 1.x, else a model folder"
+                              ) from error
     return configs
 
 # %% ../chapters/15_real_weights.ipynb #original-parts-code

@@ -66,7 +66,8 @@ def safe_names(index: Path) -> list[str]:
                               ) from error
     for name in files:
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name
-        if not plain or name.startswith(".") or ":" in name or "\0" in name:
+        if not plain or name.startswith(".") or ":" in name or (
+                "\0" in name or len(name) > 200):
             raise CheckpointError(index, f"names the file {name!r}, which does not lie "
                                   "in its own folder", DISTRUST)
     return files

@@ -41,6 +41,7 @@ from sdlib.checkpoints import (
 )
 from sdlib.clip import CLIPTextModel
 from sdlib.clip_towers import CLIPTextConfig, CLIPVisionConfig
+from sdlib.layouts import other_family
 from sdlib.original_config import read_original_config
 from sdlib.parts import Parts
 from sdlib.pipeline import StableDiffusion
@@ -1013,11 +1014,12 @@ GADGETS = ["os system", "posix system", "nt system", "builtins eval", "builtins 
            "tempfile mkstemp", "ctypes CDLL", "multiprocessing Process"]
 
 
-def archive(path, data, extra=(), compress=zipfile.ZIP_STORED, storage=b"\0" * 64):
+def archive(path, data, extra=(), compress=zipfile.ZIP_STORED, storage=b"\0" * 64,
+            byteorder="little"):
     """A PyTorch archive with this data.pkl."""
     with zipfile.ZipFile(path, "w", compress) as file:
         file.writestr("archive/data.pkl", data)
-        file.writestr("archive/byteorder", "little")
+        file.writestr("archive/byteorder", byteorder)
         file.writestr("archive/data/0", storage)
         file.writestr("archive/version", "3\n")
         for name, content in extra:
@@ -1068,6 +1070,85 @@ def tensor_pickle(size, stride, numel, key="0"):
             + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu")
             + integer(numel) + b"tQK\0" + numbers(size) + numbers(stride)
             + b"\x89ccollections\nOrderedDict\n)RtRs.")
+
+
+def two_lists(path, hidden):
+    """Python finds the entries of `archive`; PyTorch, by another address, one `hidden`."""
+    def parts(data):
+        content = archive(path, data).read_bytes()
+        count, size, start = struct.unpack("<HII", content[-12:-2])
+        return content[:start], content[start:-22], count
+
+    def long_end(count, size, start):
+        return b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count,
+                                       size, start)
+
+    (shown, names, count), (evil, others, _) = parts(SOUND), parts(hidden)
+    moved, at = bytearray(others), 0
+    while at < len(moved):
+        lengths = struct.unpack("<HHH", moved[at + 28:at + 34])
+        place = struct.unpack("<I", moved[at + 42:at + 46])[0] + len(shown)
+        moved[at + 42:at + 46] = struct.pack("<I", place)
+        at += 46 + sum(lengths)
+    whole = shown + evil + moved
+    address = len(whole)
+    whole += long_end(count, len(moved), len(shown + evil))
+    start = len(whole)
+    whole += names + long_end(count, len(names), start)
+    whole += b"PK\6\7" + struct.pack("<IQI", 0, address, 1) + b"PK\5\6" + struct.pack(
+        "<4H2IH", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    path.write_bytes(whole)
+    return path
+
+
+SOUND = tensor_pickle([4], [1], 16)
+LISTS = b"\x80\x02]q\0" + b"".join(  # each twice the one before: 2^40 in 400 bytes
+    b"]q%c(h%ch%ce" % (k, k - 1, k - 1) for k in range(1, 41))
+
+
+@pytest.mark.parametrize("data, words", [
+    (LISTS + b")R.", "it calls what is no name"), (LISTS + b")\x81.", "calls what is no name"),
+    (SOUND[:-2] + b")bs.", "changes a tensor that is made"),
+    (b"\x80\x02}K\1c_codecs\nencode\n(" + text("x") + text("punycode") + text("latin1")
+     + b"tRs.", "encodes a text in an unusual way"),
+    (b"\x80\x02}" + b"N" * 1_100_000 + b".", "more instructions than any model needs"),
+    (b"\x80\x02}\x8a\x0a" + b"\1" * 10 + b"K\1s.", "a number of more than 64 bits"),
+])
+def test_what_pytorch_would_obey_is_refused(tmp_path, data, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_tensors(archive(tmp_path / "a.ckpt", data))
+
+
+def test_python_and_pytorch_must_find_the_same_archive(tmp_path):
+    path = tmp_path / "a.ckpt"
+    assert read_tensors(archive(path, SOUND))[0]["w"].shape == (4,)
+    hidden = SOUND.replace(text("w"), text("v"))
+    assert list(torch.load(two_lists(path, hidden))) == ["v"]
+    assert b'w' in zipfile.ZipFile(path).read("archive/data.pkl")
+    with pytest.raises(CheckpointError, match="its list of entries"):
+        read_tensors(path)
+    with pytest.raises(CheckpointError, match="2 data.pkl|one name"):
+        read_tensors(archive(path, SOUND, extra=[("other/DATA.PKL", hidden)]))
+    with pytest.raises(CheckpointError, match="one name"):
+        read_tensors(archive(path, SOUND, extra=[("archive/DATA/0", b"")]))
+    with pytest.raises(CheckpointError, match="another byte order"):
+        read_tensors(archive(path, SOUND, byteorder="big"))
+
+
+def test_an_ordered_dictionary_may_lie_about_its_items(tmp_path):
+    data = (b"\x80\x02ccollections\nOrderedDict\n)R" + SOUND[3:-1] + b"}" + text("items")
+            + b"K\3s" + text("get") + b"K\3sb.")
+    assert read_tensors(archive(tmp_path / "a.ckpt", data))[0]["w"].shape == (4,)
+
+
+def test_embeddings_and_old_loras_are_named(tmp_path):
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 8)},
+                "name": "x"}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="a textual inversion"):
+        read_tensors(tmp_path / "a.pt")
+    names = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor."
+             "to_q_lora.down.weight"]
+    assert other_family(names)[0].startswith("holds a LoRA")
 
 
 def hostile_files(folder):
@@ -1360,7 +1441,8 @@ def test_original_yaml(tmp_path):
     ("!!python/object/apply:os.system ['touch {marker}']", "no plain YAML"),
     ("a: !!python/name:os.system", "no plain YAML"),
     ("!!python/object/new:os.system [x]", "no plain YAML"),
-    ("a: &a [1]\nb: *a", "aliases"),
+    ("a: !!int ''", "no plain YAML"), ("a: !!bool foo", "no plain YAML"),
+    ("a: !!timestamp foo", "no plain YAML"), ("a: &a [1]\nb: *a", "aliases"),
     ("&x a: {<<: *x}", "aliases"), ("[1, 2]", "no settings"), ("", "no settings"),
     ("model: {params: 3}", "does not describe"), ("{", "no plain YAML"),
     ("a: " + "[" * 5000, "no plain YAML"), ("x" * 200_000, "too large"),
@@ -1379,6 +1461,16 @@ def test_hostile_yaml(tmp_path, text, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         read_original_config(path)
     assert str(path) in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("setting", [{"parameterization": "v"}, {"linear_start": 0.1},
+                                     {"timesteps": 50}, {"linear_end": 0.02}])
+def test_original_yaml_of_another_noise_schedule(tmp_path, setting):
+    values, path = json.loads(json.dumps(V1)), tmp_path / "a.yaml"
+    values["model"]["params"].update(setting)
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(CheckpointError, match=f"{next(iter(setting))}: .*else a model folder"):
+        read_original_config(path)
 
 
 # The hub ------------------------------------------------------------------------------

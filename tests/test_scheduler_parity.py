@@ -466,3 +466,20 @@ def test_a_wrong_lcm_is_noticed(old, new):
     wrong = planted(chain_schedulers, "LCMScheduler", old, new)
     pair = wrong(timestep_scaling=0.01), diffusers.LCMScheduler(timestep_scaling=0.01)
     assert compare(pair, 4, noisy=True) > 10 * TOL
+
+
+@pytest.mark.parametrize("name", sorted(set(SchedulerFiles.classes) - {"PNDMScheduler"}))
+def test_files_of_a_scheduler_that_was_made_from_another_one(name, tmp_path):
+    """diffusers leaves the settings of Stable Diffusion's PNDM in them; so did we find them."""
+    old = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                                  beta_schedule="scaled_linear", skip_prk_steps=True)
+    theirs = getattr(diffusers, name).from_config(old.config)
+    theirs.save_pretrained(tmp_path)
+    ours = load_scheduler(tmp_path)
+    assert type(ours).__name__ == name
+    for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset"):
+        assert getattr(ours.config, key, theirs.config[key]) == theirs.config[key]
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_strat": 0.1}))
+    with pytest.raises(ValueError, match="unknown setting 'beta_strat'"):
+        load_scheduler(tmp_path)

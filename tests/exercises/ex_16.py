@@ -13,6 +13,14 @@ _LOOPS = ("def ex_16_5(z, levels, down, up, repeats):\n"
           "            z = down(z, now, then)\n"
           "            {up}\n"
           "    return z")
+_TRIES = ("def ex_16_5(z, levels, down, up, repeats):\n"
+          "    pairs = list(zip(levels, levels[1:]))\n"
+          "    for now, then in pairs[:-1]:\n"
+          "        for k in range(repeats):\n"
+          "            z = down(z, now, then)\n"
+          "            if k + 1 < repeats:\n"
+          "                {up}\n"
+          "    {last}")
 _CANVAS = ("def ex_16_6(picture, left, right, multiple):\n"
            "    {first}\n"
            "    canvas = F.pad(picture, (left, right, 0, 0){mode})\n"
@@ -54,6 +62,13 @@ WRONG = {
         (_SEAM.format(border=_COUNT, share="(2 * b - 1).clamp(min=0) ** 2", join=_WHERE),
          "from the edge on the shares should be"),
         (_SEAM.format(border=_COUNT, share="2 * b - 1", join=_WHERE), "in a corner of the hole"),
+        (_SEAM.format(border=_COUNT, share="(2 * b - 1).clamp(min=0)", join="mixed"),
+         "positive outside of the hole"),
+        ("def ex_16_3(painted, original, mask, radius):\n"
+         "    wide = F.pad(mask, (radius,) * 4, mode='replicate')\n"
+         "    b = F.avg_pool2d(wide, 2 * radius + 1, stride=1)\n"
+         "    share = mask * (2 * b - 1).clamp(min=0)\n"
+         "    return original + share * (painted - original)", "none repeated or mirrored"),
     ],
     "16_4": [
         ("def ex_16_4(noises, weights):\n"
@@ -64,6 +79,10 @@ WRONG = {
         ("def ex_16_4(noises, weights):\n"
          "    mixed = torch.einsum('k,kchw->chw', weights, noises)\n"
          "    return mixed / mixed.std()", "divided by its own standard deviation"),
+        ("def ex_16_4(noises, weights):\n"
+         "    mixed = torch.einsum('k,kchw->chw', weights, noises)\n"
+         "    return mixed / mixed.square().mean().sqrt()",
+         "divided by its own root mean square"),
         ("def ex_16_4(noises, weights):\n    weights = (weights / weights.sum()).sqrt()\n"
          "    return torch.einsum('k,kchw->chw', weights, noises)",
          "the proportions are not those asked for"),
@@ -75,13 +94,10 @@ WRONG = {
         (_LOOPS.format(up="pass"), "after a step one goes up again"),
         ("def ex_16_5(z, levels, down, up, repeats):\n    return z",
          "neither down nor up was called"),
-        ("def ex_16_5(z, levels, down, up, repeats):\n"
-         "    pairs = list(zip(levels, levels[1:]))\n"
-         "    for now, then in pairs[:-1]:\n"
-         "        for k in range(repeats - 1):\n"
-         "            up(down(z, now, then), then, now)\n"
-         "        z = down(z, now, then)\n"
-         "    return down(z, *pairs[-1])", "do you hand on what down and up return"),
+        (_TRIES.format(up="up(z, then, now)", last="return down(z, *pairs[-1])"),
+         "of 7 results"),
+        (_TRIES.format(up="z = up(z, then, now)", last="down(z, *pairs[-1]); return z"),
+         "6 of 7 results"),
     ],
     "16_6": [
         (_CANVAS.format(first="pass", mode=_NEAR, old="zeros", new="1.0"),
@@ -97,5 +113,11 @@ WRONG = {
                         mode=_NEAR, old="zeros", new="1.0"), "round up, not down"),
         (_CANVAS.format(first="right += multiple - (picture.shape[-1] + left + right) % multiple",
                         mode=_NEAR, old="zeros", new="1.0"), "a multiple of 4 already: add none"),
+        ("def ex_16_6(picture, left, right, multiple):\n"
+         f"    {_FILL}\n"
+         f"    canvas = F.pad(picture, (left, right, 0, 0){_NEAR})\n"
+         "    mask = torch.ones_like(canvas[:, :1])\n"
+         "    mask[..., left:-right] = 0\n"
+         "    return canvas, mask", "a slice like [a:-0]"),
     ],
 }
