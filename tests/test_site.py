@@ -11,10 +11,14 @@ from tree import ROOT, copy_tree, environment, read, toc_chapters
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built pages."""
+    """The built pages; beside the chapters an environment with strange pages in it."""
     folder = copy_tree(tmp_path_factory.mktemp("site") / "course", only=(
         "_config.yml", "_toc.yml", "_static", "bibliography.md", "book", "chapters",
         "references.bib"))
+    for environment_folder in (".venv", "env"):
+        strange = folder / environment_folder / "lib" / "site-packages" / "any"
+        strange.mkdir(parents=True)
+        (strange / "README.md").write_text("---\n[]: {}: broken\n---\n{ref}`nowhere`\n")
     done = subprocess.run(
         [str(Path(sys.prefix) / "bin" / "jupyter-book"), "build", ".", "-W", "-n",
          "--keep-going"],
